@@ -1,0 +1,111 @@
+"""Choice of the backend that runs an operator.
+
+Order of precedence: the operator's ``backend`` argument, the innermost :func:`use_backend` context, the environment
+variable ``MMVSSM_BACKEND``, and last ``auto``: Triton for tensors on a GPU that Triton can serve, torch elsewhere.
+"""
+
+import contextvars
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+_context: contextvars.ContextVar[str | None] = contextvars.ContextVar("mmvssm_backend", default=None)
+# Operators whose kernels could not be compiled in this process; served by torch from then on.
+_broken: set[str] = set()
+
+
+def _checked(name: str, origin: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin} must be one of {', '.join(BACKENDS)}, but it is {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the operators called inside the ``with`` block on backend ``name``.
+
+    Args:
+        name: ``auto``, ``triton``, ``torch`` or ``reference``.
+
+    Raises:
+        ValueError: If ``name`` is none of these.
+    """
+    token = _context.set(_checked(name, "use_backend(name)"))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def requested_backend(argument: str) -> str:
+    """Backend that the caller asked for, from argument, context or environment; ``auto`` when nobody did."""
+    if _checked(argument, "backend") != "auto":
+        return argument
+    if (chosen := _context.get()) is not None:
+        return chosen
+    return _checked(os.environ.get("MMVSSM_BACKEND", "auto"), "environment variable MMVSSM_BACKEND")
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in the CPU interpreter (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def triton_importable() -> bool:
+    """Whether the package ``triton`` is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def available_backends(device: torch.device | str) -> tuple[str, ...]:
+    """Backends that can serve tensors on ``device``, the preferred one first."""
+    device = torch.device(device)
+    if triton_importable() and device.type == "cuda":
+        return ("triton", "torch", "reference")
+    if triton_importable() and interpreting():
+        return ("torch", "reference", "triton")
+    return ("torch", "reference")
+
+
+def run(operator: str, backend: str, device: torch.device, triton_call: Callable, torch_call: Callable):
+    """Call the implementation of ``operator`` that ``backend`` and ``device`` select.
+
+    With ``auto``, a kernel that this GPU and Triton version cannot compile is announced once and replaced by torch; with
+    an explicit ``triton`` the error is raised.
+    """
+    if backend == "triton" and "triton" not in available_backends(device):
+        have = "is not installed" if not triton_importable() else f"cannot serve tensors on {device}"
+        raise ValueError(f"backend 'triton' was asked for, but Triton {have}; use 'auto' or 'torch'")
+    automatic = backend == "auto" and available_backends(device)[0] == "triton" and operator not in _broken
+    if backend != "triton" and not automatic:
+        return torch_call()
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
+            return triton_call()
+    except Exception as error:
+        if backend == "triton" or not _is_compile_error(error):
+            raise
+        _broken.add(operator)
+        warnings.warn(
+            f"mmvssm: the Triton kernel of {operator} does not compile on {torch.cuda.get_device_name(device)} "
+            f"({type(error).__name__}: {str(error)[:200]}); the slower torch backend is used instead. "
+            "Another Triton version may help; MMVSSM_BACKEND=torch silences this notice.",
+            stacklevel=2,
+        )
+        return torch_call()
+
+
+def _is_compile_error(error: Exception) -> bool:
+    """Failures of compiling a kernel; errors of running one (out of memory, illegal access) must not be hidden."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime import errors
+
+    kinds = [CompilationError]
+    kinds += [getattr(errors, name) for name in ("OutOfResources", "PTXASError") if hasattr(errors, name)]
+    return isinstance(error, tuple(kinds)) or (isinstance(error, RuntimeError) and "PassManager" in str(error))

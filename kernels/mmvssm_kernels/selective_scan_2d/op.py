@@ -1,0 +1,104 @@
+"""The operators ``mmvssm::selective_scan_2d`` and its backward: schema, fake, autograd, FLOPs."""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import dispatch
+from ..flops import BACKWARD_FACTOR, projection_flops, scan_flops
+from . import torch_scan
+
+
+def _channel_last_empty(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised (B, D, H, W) tensor in channel-last memory."""
+    batch, channels, height, width = x.shape
+    return x.new_empty(batch, height, width, channels, dtype=dtype).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("mmvssm::selective_scan_2d", mutates_args=())
+def selective_scan_2d_op(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_proj_weight: Tensor,
+    dt_proj_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """Sum of the four directions (B, D, H, W) in ``out_dtype``, channel-last memory; the caller checks arguments."""
+    arguments = (x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+
+    def triton_call():
+        from .triton_fwd import selective_scan_2d_forward
+
+        return selective_scan_2d_forward(*arguments, out_dtype)
+
+    def torch_call():
+        return torch_scan.selective_scan_2d_forward(*arguments).to(out_dtype).contiguous().permute(0, 3, 1, 2)
+
+    return dispatch.run("selective_scan_2d", backend, x.device, triton_call, torch_call)
+
+
+@selective_scan_2d_op.register_fake
+def _(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, out_dtype, backend):
+    return _channel_last_empty(x, out_dtype)
+
+
+@torch.library.custom_op("mmvssm::selective_scan_2d_backward", mutates_args=())
+def selective_scan_2d_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_proj_weight: Tensor,
+    dt_proj_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (channel-last memory) and of the five parameters."""
+    arguments = (dy, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+
+    def triton_call():
+        from .triton_bwd import selective_scan_2d_backward
+
+        return selective_scan_2d_backward(*arguments)
+
+    def torch_call():
+        dx, *dweights = torch_scan.selective_scan_2d_backward(*arguments)
+        dx = dx.to(x.dtype).contiguous().permute(0, 3, 1, 2)
+        return dx, *(g.to(w.dtype).contiguous() for g, w in zip(dweights, arguments[2:], strict=True))
+
+    return dispatch.run("selective_scan_2d", backend, x.device, triton_call, torch_call)
+
+
+@selective_scan_2d_backward_op.register_fake
+def _(dy, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, backend):
+    weights = (x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    return _channel_last_empty(x, x.dtype), *(
+        torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dy):
+    return (*torch.ops.mmvssm.selective_scan_2d_backward(dy, *ctx.saved_tensors, ctx.backend), None, None)
+
+
+selective_scan_2d_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.mmvssm.selective_scan_2d)
+def _flops(x_shape, x_proj_shape, dt_proj_shape, dt_bias_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
+    batch, channels, height, width = x_shape
+    sizes = (batch, channels, height * width, A_shape[1])
+    return scan_flops(*sizes, directions=4) + projection_flops(*sizes, rank=dt_proj_shape[2], directions=4)
+
+
+@register_flop_formula(torch.ops.mmvssm.selective_scan_2d_backward)
+def _backward_flops(dy_shape, *shapes, out_shape=None, **kwargs) -> int:
+    return BACKWARD_FACTOR * _flops(*shapes)
