@@ -1,0 +1,54 @@
+"""Shapes, strides and block sizes for launching the kernels of the four-direction scan."""
+
+import torch
+import triton
+from torch import Tensor
+
+from ..selective_scan.triton_launch import segment_tiles
+
+
+def pixel_uniform(x: Tensor) -> Tensor:
+    """``x`` (B, D, H, W), copied to channel-last memory unless one stride leads from each pixel to the next."""
+    height, width = x.shape[2:]
+    uniform = width == 1 or height == 1 or x.stride(2) == width * x.stride(3)
+    return x if uniform else x.contiguous(memory_format=torch.channels_last)
+
+
+def pixel_stride(x: Tensor) -> int:
+    """Elements from one pixel to the next of a map that :func:`pixel_uniform` returned."""
+    return x.stride(3) if x.shape[3] > 1 else x.stride(2)
+
+
+class Launch:
+    """Everything that forward and backward launches have in common."""
+
+    def __init__(self, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, block_channels=32, warps=None, tile=16):
+        self.x = x = pixel_uniform(x)
+        self.batch, self.channels, self.height, self.width = x.shape
+        self.rank, self.state = dt_proj_weight.shape[2], A_log.shape[1]
+        length = self.height * self.width
+        self.flat = x.permute(0, 2, 3, 1).reshape(self.batch, length, self.channels)
+        # One matrix product makes the projections of all directions at every pixel: (B, L, 4 (R + 2N)).
+        self.projected = torch.matmul(self.flat, x_proj_weight.flatten(0, 1).to(x.dtype).T)
+        self.weights = tuple(t.contiguous() for t in (dt_proj_weight, dt_proj_bias, A_log, D))
+        self.tensors = (x, self.projected, *self.weights)
+        tiles = triton.cdiv(length, tile)
+        programs = self.batch * triton.cdiv(self.channels, block_channels)
+        self.tiles_per_segment = segment_tiles(tiles, programs)
+        self.segments = triton.cdiv(tiles, self.tiles_per_segment)
+        self.states = x.new_empty(self.batch, 4, self.segments, self.state, self.channels, dtype=torch.float32)
+        self.steps = x.new_empty(self.batch, 4, self.segments, self.channels, dtype=torch.float32)
+        self.grid = (triton.cdiv(self.channels, block_channels), self.segments, self.batch)
+        self.sizes = (self.height, self.width, self.channels, self.rank, self.tiles_per_segment, self.segments,
+                      x.stride(0), pixel_stride(x), x.stride(1))
+        block_state = triton.next_power_of_2(self.state)
+        self.constants = dict(
+            N=self.state,
+            SEGMENTS=triton.next_power_of_2(self.segments),
+            T=tile,
+            BLOCK_C=block_channels,
+            BLOCK_N=block_state,
+            BLOCK_R=max(16, triton.next_power_of_2(self.rank)),
+            PRECISION="ieee" if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32",
+            num_warps=warps or max(1, min(8, block_state // 4)),
+        )
