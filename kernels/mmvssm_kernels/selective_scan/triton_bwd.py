@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_scan import LOG2_E, carry_in, softplus_slope, tile_adjoint, tile_gradients, tile_states
-from .triton_fwd import RUN_TIME_SIZES, channels_of, load_step_sizes, load_tile, load_vector, summarise
+from .triton_fwd import RUN_TIME_SIZES, channels_of, load_step_sizes, load_tile, load_vector, summarise, tile_tokens
 from .triton_launch import Launch, token_major
 
 
@@ -21,15 +21,13 @@ def selective_scan_bwd_kernel(p_u, p_delta, p_z, p_A, p_B, p_C, p_skip, p_bias, 
                               n_tiles, n_segments, stride_u_batch, stride_u_token, stride_delta_batch, stride_delta_token,
                               stride_z_batch, stride_z_token, stride_channel, stride_dout_batch, stride_dout_token,
                               N: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, SUMMARY: tl.constexpr,
-                              SEGMENTS: tl.constexpr, T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
+                              T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
     """All gradients, or only the flow that each segment's adjoint scan hands on (B, S, N, D)."""
-    FIRST: tl.constexpr = T - 1 if REVERSE else 0
-    LAST: tl.constexpr = 0 if REVERSE else T - 1
     i_segment = tl.program_id(1)
     i_batch = tl.program_id(2).to(tl.int64)
     i_group, i_block, o_channel, m_channel = channels_of(tl.program_id(0), channels, n_groups, BLOCK_C)
     o_row = o_channel * stride_channel
-    i_tile_token = tl.arange(0, T)
+    i_in_tile = tl.arange(0, T)
     i_state = tl.arange(0, BLOCK_N)
     m_state = i_state < N
     m_state_channel = m_state[:, None] & m_channel[None, :]
@@ -50,25 +48,24 @@ def selective_scan_bwd_kernel(p_u, p_delta, p_z, p_A, p_B, p_C, p_skip, p_bias, 
     skip = load_vector(p_skip, o_channel, m_channel)
     flow = tl.zeros(rate.shape, tl.float32)
     if not SUMMARY:
-        if SEGMENTS > 1:
-            state = carry_in(p_state, p_step, rate, i_segment, n_segments, o_state, m_state_channel, o_channel, m_channel,
-                             N * channels, channels, SEGMENTS, not REVERSE)
-            flow = carry_in(p_flow, p_step, rate, i_segment, n_segments, o_state, m_state_channel, o_channel, m_channel,
-                            N * channels, channels, SEGMENTS, REVERSE)
-        else:
-            state = tl.zeros(rate.shape, tl.float32)
+        state = carry_in(p_state, p_step, rate, i_segment, n_segments, o_state, m_state_channel, o_channel, m_channel,
+                         N * channels, channels, not REVERSE)
+        flow = carry_in(p_flow, p_step, rate, i_segment, n_segments, o_state, m_state_channel, o_channel, m_channel,
+                        N * channels, channels, REVERSE)
         for i in range(n_tiles):
-            i_tile = n_tiles - 1 - i if REVERSE else i
-            o_token = (i_segment * n_tiles + i_tile) * T + i_tile_token
+            o_token = tile_tokens(i, n_tiles, i_segment, REVERSE, T)
             m_token = o_token < length
             m_tile = m_token[:, None] & m_channel[None, :]
             dt = load_step_sizes(p_delta, bias, o_token, m_tile, stride_delta_token, o_row, SOFTPLUS)
             u = load_tile(p_u, o_token, m_tile, stride_u_token, o_row)
             B = tl.load(p_B + o_weight + o_token[:, None] * stride_weight + i_state[None, :],
                         mask=m_token[:, None] & m_state[None, :], other=0.0).to(tl.float32)
-            tl.store(p_border + i_tile * N * channels, state, mask=m_state_channel)
-            _, state = tile_states(dt, u, B, rate, state, i_tile_token, FIRST, LAST, REVERSE)
+            tl.store(p_border + i * N * channels, state, mask=m_state_channel)
+            _, state = tile_states(dt, u, B, rate, state, i_in_tile)
         tl.debug_barrier()  # the states stored above are read below, perhaps by other threads
+        # Loaded again: Triton 3.7 fails to compile when values derived from one load serve two loops.
+        rate = tl.load(p_A + o_channel[None, :] * N + i_state[:, None], mask=m_state_channel, other=0.0).to(tl.float32) * LOG2_E
+        bias = load_vector(p_bias, o_channel, m_channel)
     if p_dlast is not None:
         m_last = m_state_channel & (i_segment == (0 if REVERSE else n_segments - 1))
         flow += tl.load(p_dlast + i_batch * channels * N + o_channel[None, :] * N + i_state[:, None], mask=m_last, other=0.0)
@@ -76,8 +73,8 @@ def selective_scan_bwd_kernel(p_u, p_delta, p_z, p_A, p_B, p_C, p_skip, p_bias, 
     dbias = tl.zeros(bias.shape, tl.float32)
     dskip = tl.zeros(bias.shape, tl.float32)
     for i in range(n_tiles):
-        i_tile = i if REVERSE else n_tiles - 1 - i
-        o_token = (i_segment * n_tiles + i_tile) * T + i_tile_token
+        i_tile = n_tiles - 1 - i
+        o_token = tile_tokens(i_tile, n_tiles, i_segment, REVERSE, T)
         m_token = o_token < length
         m_tile = m_token[:, None] & m_channel[None, :]
         dt = load_step_sizes(p_delta, bias, o_token, m_tile, stride_delta_token, o_row, SOFTPLUS)
@@ -90,12 +87,12 @@ def selective_scan_bwd_kernel(p_u, p_delta, p_z, p_A, p_B, p_C, p_skip, p_bias, 
         o_tile_weight = o_token[:, None] * stride_weight + i_state[None, :]
         m_weight = m_token[:, None] & m_state[None, :]
         C = tl.load(p_C + o_weight + o_tile_weight, mask=m_weight, other=0.0).to(tl.float32)
-        grad, flow = tile_adjoint(dt, C, dy, rate, flow, i_tile_token, FIRST, LAST, REVERSE)
+        grad, flow = tile_adjoint(dt, C, dy, rate, flow, i_in_tile)
         if not SUMMARY:
             u = load_tile(p_u, o_token, m_tile, stride_u_token, o_row)
             B = tl.load(p_B + o_weight + o_tile_weight, mask=m_weight, other=0.0).to(tl.float32)
             state = tl.load(p_border + i_tile * N * channels, mask=m_state_channel, other=0.0)
-            states, tile_dA, dB, dC, ddt, dinput = tile_gradients(dt, u, B, dy, rate, state, grad, i_tile_token, FIRST, REVERSE)
+            states, tile_dA, dB, dC, ddt, dinput = tile_gradients(dt, u, B, dy, rate, state, grad, i_in_tile)
             if SOFTPLUS:
                 ddt *= softplus_slope(dt)
             ddt = tl.where(m_tile, ddt, 0.0)
@@ -122,7 +119,7 @@ def selective_scan_bwd_kernel(p_u, p_delta, p_z, p_A, p_B, p_C, p_skip, p_bias, 
 
 def selective_scan_backward(dout, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias; empty for what is None."""
-    launch = Launch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    launch = Launch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, states_per_warp=2)
     batch, channels, length = u.shape
     dout = token_major(dout)
 

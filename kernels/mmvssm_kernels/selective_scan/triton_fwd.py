@@ -17,6 +17,15 @@ RUN_TIME_SIZES = ["stride_channel", "length", "n_tiles", "n_segments"]
 
 
 @triton.jit
+def tile_tokens(i_tile, n_tiles, i_segment, REVERSE: tl.constexpr, T: tl.constexpr):
+    """Tokens (T) of a segment's ``i_tile``-th tile, both in scan order."""
+    if REVERSE:
+        return (i_segment * n_tiles + n_tiles - i_tile) * T - 1 - tl.arange(0, T)
+    else:
+        return (i_segment * n_tiles + i_tile) * T + tl.arange(0, T)
+
+
+@triton.jit
 def load_step_sizes(p_delta, bias, o_token, m_tile, stride_token, o_row, SOFTPLUS: tl.constexpr):
     """Step sizes (T, C) of a tile, zero where masked."""
     dt = tl.load(p_delta + o_token[:, None] * stride_token + o_row[None, :], mask=m_tile, other=0.0).to(tl.float32)
@@ -57,10 +66,8 @@ def selective_scan_fwd_kernel(p_u, p_delta, p_z, p_A, p_B, p_C, p_skip, p_bias, 
                               channels, n_groups, n_tiles, n_segments, stride_u_batch, stride_u_token, stride_delta_batch,
                               stride_delta_token, stride_z_batch, stride_z_token, stride_channel, N: tl.constexpr,
                               SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, SUMMARY: tl.constexpr,
-                              SEGMENTS: tl.constexpr, T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
+                              T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
     """Output (B, L, D) and last state (B, D, N), or only the segments' summaries (B, S, [N,] D)."""
-    FIRST: tl.constexpr = T - 1 if REVERSE else 0
-    LAST: tl.constexpr = 0 if REVERSE else T - 1
     i_segment = tl.program_id(1)
     i_batch = tl.program_id(2).to(tl.int64)
     i_group, _, o_channel, m_channel = channels_of(tl.program_id(0), channels, n_groups, BLOCK_C)
@@ -78,16 +85,14 @@ def selective_scan_fwd_kernel(p_u, p_delta, p_z, p_A, p_B, p_C, p_skip, p_bias, 
     rate = tl.load(p_A + o_channel[None, :] * N + i_state[:, None], mask=m_state_channel, other=0.0).to(tl.float32) * LOG2_E
     bias = load_vector(p_bias, o_channel, m_channel)
     skip = load_vector(p_skip, o_channel, m_channel)
-    if SEGMENTS > 1 and not SUMMARY:
+    if not SUMMARY:
         state = carry_in(p_state, p_step, rate, i_segment, n_segments, o_state, m_state_channel, o_channel, m_channel,
-                         N * channels, channels, SEGMENTS, not REVERSE)
+                         N * channels, channels, not REVERSE)
     else:
         state = tl.zeros(rate.shape, tl.float32)
     steps = tl.zeros(bias.shape, tl.float32)
     for i in range(n_tiles):
-        i_tile = i_segment * n_tiles + (n_tiles - 1 - i if REVERSE else i)
-        i_tile_token = tl.arange(0, T)
-        o_token = i_tile * T + i_tile_token
+        o_token = tile_tokens(i, n_tiles, i_segment, REVERSE, T)
         m_token = o_token < length
         m_tile = m_token[:, None] & m_channel[None, :]
         dt = load_step_sizes(p_delta, bias, o_token, m_tile, stride_delta_token, o_row, SOFTPLUS)
@@ -95,7 +100,7 @@ def selective_scan_fwd_kernel(p_u, p_delta, p_z, p_A, p_B, p_C, p_skip, p_bias, 
         o_tile_weight = o_weight + o_token[:, None] * stride_weight + i_state[None, :]
         m_weight = m_token[:, None] & m_state[None, :]
         B = tl.load(p_B + o_tile_weight, mask=m_weight, other=0.0).to(tl.float32)
-        states, state = tile_states(dt, u, B, rate, state, i_tile_token, FIRST, LAST, REVERSE)
+        states, state = tile_states(dt, u, B, rate, state, tl.arange(0, T))
         if SUMMARY:
             steps += tl.sum(dt, axis=0)
         else:

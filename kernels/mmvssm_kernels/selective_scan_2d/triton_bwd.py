@@ -14,20 +14,17 @@ from torch import Tensor
 from ..triton_scan import LN_2, carry_in, softplus_slope, tile_adjoint, tile_gradients, tile_states
 from .triton_fwd import selective_scan_2d_fwd_kernel
 from .triton_launch import Launch
-from .triton_tile import load_parameters, load_step_sizes, pixel_of
+from .triton_tile import load_parameters, load_step_sizes, tile_tokens
 
 
 @triton.jit
 def _walk_segment(p_x, p_dy, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_skip, p_state, p_step, p_flow, p_border, p_du,
                   p_dprojected, p_dA, p_dweight, p_dbias, p_dskip, i_segment, i_batch, o_channel, m_channel, height, width,
                   channels, rank, n_tiles, n_segments, stride_x_pixel, stride_x_channel, K: tl.constexpr, N: tl.constexpr,
-                  ACCUMULATE: tl.constexpr, SUMMARY: tl.constexpr, SEGMENTS: tl.constexpr, T: tl.constexpr,
+                  ACCUMULATE: tl.constexpr, SUMMARY: tl.constexpr, T: tl.constexpr,
                   BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr):
-    length = height * width
     REVERSE: tl.constexpr = K >= 2
-    FIRST_TOKEN: tl.constexpr = T - 1 if REVERSE else 0
-    LAST_TOKEN: tl.constexpr = 0 if REVERSE else T - 1
-    i_tile_token = tl.arange(0, T)
+    i_in_tile = tl.arange(0, T)
     o_rank = tl.arange(0, BLOCK_R)
     m_rank = o_rank < rank
     i_state = tl.arange(0, BLOCK_N)
@@ -40,43 +37,38 @@ def _walk_segment(p_x, p_dy, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_ski
     p_flow += i_sequence * N * channels
     stride_projected = 4 * (rank + 2 * N)
     o_direction = K * (rank + 2 * N)
-    p_projected += i_batch * length * stride_projected + o_direction
-    p_dprojected += i_batch * length * stride_projected + o_direction
+    p_projected += i_batch * height * width * stride_projected + o_direction
+    p_dprojected += i_batch * height * width * stride_projected + o_direction
     p_border += (i_batch * n_segments + i_segment) * n_tiles * N * channels + o_state
     flow = tl.zeros(rate.shape, tl.float32)
     if not SUMMARY:
-        if SEGMENTS > 1:
-            p_state += i_sequence * N * channels
-            p_step += i_sequence * channels
-            state = carry_in(p_state, p_step, rate, i_segment, n_segments, o_state, m_state_channel, o_channel, m_channel,
-                             N * channels, channels, SEGMENTS, not REVERSE)
-            flow = carry_in(p_flow, p_step, rate, i_segment, n_segments, o_state, m_state_channel, o_channel, m_channel,
-                            N * channels, channels, SEGMENTS, REVERSE)
-        else:
-            state = tl.zeros(rate.shape, tl.float32)
+        p_state += i_sequence * N * channels
+        p_step += i_sequence * channels
+        state = carry_in(p_state, p_step, rate, i_segment, n_segments, o_state, m_state_channel, o_channel, m_channel,
+                         N * channels, channels, not REVERSE)
+        flow = carry_in(p_flow, p_step, rate, i_segment, n_segments, o_state, m_state_channel, o_channel, m_channel,
+                        N * channels, channels, REVERSE)
         for i in range(n_tiles):
-            i_tile = n_tiles - 1 - i if REVERSE else i
-            i_token = (i_segment * n_tiles + i_tile) * T + i_tile_token
-            m_token = i_token < length
-            o_pixel = pixel_of(i_token, height, width, K)
+            o_pixel, m_token = tile_tokens(i, n_tiles, i_segment, height, width, K, T)
             dt = load_step_sizes(p_projected, o_pixel, m_token, o_rank, m_rank, weight, bias, stride_projected, PRECISION)
             u = tl.load(p_x + o_pixel[:, None] * stride_x_pixel + o_channel[None, :] * stride_x_channel,
                         mask=m_token[:, None] & m_channel[None, :], other=0.0).to(tl.float32)
             B = tl.load(p_projected + rank + o_pixel[:, None] * stride_projected + i_state[None, :],
                         mask=m_token[:, None] & m_state[None, :], other=0.0).to(tl.float32)
-            tl.store(p_border + i_tile * N * channels, state, mask=m_state_channel)
-            _, state = tile_states(dt, u, B, rate, state, i_tile_token, FIRST_TOKEN, LAST_TOKEN, REVERSE)
+            tl.store(p_border + i * N * channels, state, mask=m_state_channel)
+            _, state = tile_states(dt, u, B, rate, state, i_in_tile)
         tl.debug_barrier()  # the states stored above are read below, perhaps by other threads
+        # Loaded again: Triton 3.7 fails to compile when values derived from one load serve two loops.
+        weight, bias, rate = load_parameters(p_dt_weight, p_dt_bias, p_A_log, o_channel, m_channel, o_rank, m_rank, i_state,
+                                             m_state, channels, rank, K, N)
         skip = tl.load(p_skip + K * channels + o_channel, mask=m_channel, other=0.0).to(tl.float32)
     dA = tl.zeros(rate.shape, tl.float32)
     dweight = tl.zeros(weight.shape, tl.float32)
     dbias = tl.zeros(bias.shape, tl.float32)
     dskip = tl.zeros(bias.shape, tl.float32)
     for i in range(n_tiles):
-        i_tile = i if REVERSE else n_tiles - 1 - i
-        i_token = (i_segment * n_tiles + i_tile) * T + i_tile_token
-        m_token = i_token < length
-        o_pixel = pixel_of(i_token, height, width, K)
+        i_tile = n_tiles - 1 - i
+        o_pixel, m_token = tile_tokens(i_tile, n_tiles, i_segment, height, width, K, T)
         m_tile = m_token[:, None] & m_channel[None, :]
         dt = load_step_sizes(p_projected, o_pixel, m_token, o_rank, m_rank, weight, bias, stride_projected, PRECISION)
         o_tile = o_pixel[:, None] * channels + o_channel[None, :]
@@ -84,13 +76,13 @@ def _walk_segment(p_x, p_dy, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_ski
         o_B = rank + o_pixel[:, None] * stride_projected + i_state[None, :]
         m_B = m_token[:, None] & m_state[None, :]
         C = tl.load(p_projected + o_B + N, mask=m_B, other=0.0).to(tl.float32)
-        grad, flow = tile_adjoint(dt, C, dy, rate, flow, i_tile_token, FIRST_TOKEN, LAST_TOKEN, REVERSE)
+        grad, flow = tile_adjoint(dt, C, dy, rate, flow, i_in_tile)
         if not SUMMARY:
             u = tl.load(p_x + o_pixel[:, None] * stride_x_pixel + o_channel[None, :] * stride_x_channel, mask=m_tile,
                         other=0.0).to(tl.float32)
             B = tl.load(p_projected + o_B, mask=m_B, other=0.0).to(tl.float32)
             state = tl.load(p_border + i_tile * N * channels, mask=m_state_channel, other=0.0)
-            _, tile_dA, dB, dC, ddt, dinput = tile_gradients(dt, u, B, dy, rate, state, grad, i_tile_token, FIRST_TOKEN, REVERSE)
+            _, tile_dA, dB, dC, ddt, dinput = tile_gradients(dt, u, B, dy, rate, state, grad, i_in_tile)
             dA += tile_dA
             draw = ddt * softplus_slope(dt)
             du = dt * dinput + skip[None, :] * dy
@@ -124,7 +116,7 @@ def selective_scan_2d_bwd_kernel(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_l
                                  p_border, p_du, p_dprojected, p_dA, p_dweight, p_dbias, p_dskip, height, width, channels,
                                  rank, n_tiles, n_segments, stride_x_batch, stride_x_pixel, stride_x_channel, 
                                  FIRST: tl.constexpr, COUNT: tl.constexpr, N: tl.constexpr, SUMMARY: tl.constexpr,
-                                 SEGMENTS: tl.constexpr, T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+                                 T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
                                  BLOCK_R: tl.constexpr, PRECISION: tl.constexpr):
     """COUNT directions in the order 0, 2, 1, 3 from FIRST on; or only what each segment's adjoint scan hands on."""
     i_block = tl.program_id(0)
@@ -144,12 +136,12 @@ def selective_scan_2d_bwd_kernel(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_l
         _walk_segment(p_x, p_dy, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_skip, p_state, p_step, p_flow, p_border,
                       p_du, p_dprojected, p_dA, p_dweight, p_dbias, p_dskip, i_segment, i_batch, o_channel, m_channel,
                       height, width, channels, rank, n_tiles, n_segments, stride_x_pixel, stride_x_channel,
-                      FIRST + q // 2 + 2 * (q % 2), N, q + FIRST > 0, SUMMARY, SEGMENTS, T, BLOCK_N, BLOCK_R, PRECISION)
+                      FIRST + q // 2 + 2 * (q % 2), N, q + FIRST > 0, SUMMARY, T, BLOCK_N, BLOCK_R, PRECISION)
 
 
 def selective_scan_2d_backward(dy, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D) -> tuple[Tensor, ...]:
     """Gradients of all arguments of :func:`mmvssm_kernels.selective_scan_2d`; that of x in channel-last memory."""
-    launch = Launch(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    launch = Launch(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, states_per_warp=2)
     batch, channels, segments, blocks = launch.batch, launch.channels, launch.segments, launch.grid[0]
 
     def empty(*shape):

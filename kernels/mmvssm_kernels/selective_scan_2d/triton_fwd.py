@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_scan import carry_in, tile_states
-from .triton_tile import load_parameters, load_step_sizes, pixel_of
+from .triton_tile import load_parameters, load_step_sizes, tile_tokens
 from .triton_launch import Launch
 
 
@@ -20,13 +20,10 @@ from .triton_launch import Launch
 def _walk_segment(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_skip, p_state, p_step, p_y, i_segment, i_batch,
                   o_channel, m_channel, height, width, channels, rank, n_tiles, n_segments, stride_x_pixel,
                   stride_x_channel, K: tl.constexpr, N: tl.constexpr, ACCUMULATE: tl.constexpr, SUMMARY: tl.constexpr,
-                  SEGMENTS: tl.constexpr, T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+                  T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
                   PRECISION: tl.constexpr):
-    length = height * width
     REVERSE: tl.constexpr = K >= 2
-    FIRST_TOKEN: tl.constexpr = T - 1 if REVERSE else 0
-    LAST_TOKEN: tl.constexpr = 0 if REVERSE else T - 1
-    i_tile_token = tl.arange(0, T)
+    i_in_tile = tl.arange(0, T)
     o_rank = tl.arange(0, BLOCK_R)
     m_rank = o_rank < rank
     i_state = tl.arange(0, BLOCK_N)
@@ -39,21 +36,18 @@ def _walk_segment(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_skip, p_s
     o_state = i_state[:, None] * channels + o_channel[None, :]
     p_state += i_sequence * N * channels
     p_step += i_sequence * channels
-    if SEGMENTS > 1 and not SUMMARY:
+    if not SUMMARY:
         state = carry_in(p_state, p_step, rate, i_segment, n_segments, o_state, m_state_channel, o_channel, m_channel,
-                         N * channels, channels, SEGMENTS, not REVERSE)
+                         N * channels, channels, not REVERSE)
     else:
         state = tl.zeros(rate.shape, tl.float32)
     if not SUMMARY:
         skip = tl.load(p_skip + K * channels + o_channel, mask=m_channel, other=0.0).to(tl.float32)
     stride_projected = 4 * (rank + 2 * N)
-    p_projected += i_batch * length * stride_projected + K * (rank + 2 * N)
+    p_projected += i_batch * height * width * stride_projected + K * (rank + 2 * N)
     steps = tl.zeros(bias.shape, tl.float32)
     for i in range(n_tiles):
-        i_tile = i_segment * n_tiles + (n_tiles - 1 - i if REVERSE else i)
-        i_token = i_tile * T + i_tile_token
-        m_token = i_token < length
-        o_pixel = pixel_of(i_token, height, width, K)
+        o_pixel, m_token = tile_tokens(i, n_tiles, i_segment, height, width, K, T)
         m_tile = m_token[:, None] & m_channel[None, :]
         dt = load_step_sizes(p_projected, o_pixel, m_token, o_rank, m_rank, weight, bias, stride_projected, PRECISION)
         u = tl.load(p_x + o_pixel[:, None] * stride_x_pixel + o_channel[None, :] * stride_x_channel, mask=m_tile,
@@ -61,7 +55,7 @@ def _walk_segment(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_skip, p_s
         p_B = p_projected + rank + o_pixel[:, None] * stride_projected + i_state[None, :]
         m_B = m_token[:, None] & m_state[None, :]
         B = tl.load(p_B, mask=m_B, other=0.0).to(tl.float32)  # (T, N)
-        states, state = tile_states(dt, u, B, rate, state, i_tile_token, FIRST_TOKEN, LAST_TOKEN, REVERSE)
+        states, state = tile_states(dt, u, B, rate, state, i_in_tile)
         if SUMMARY:
             steps += tl.sum(dt, axis=0)
         else:
@@ -80,7 +74,7 @@ def _walk_segment(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_skip, p_s
 def selective_scan_2d_fwd_kernel(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_skip, p_state, p_step, p_y, height,
                                  width, channels, rank, n_tiles, n_segments, stride_x_batch, stride_x_pixel,
                                  stride_x_channel, FIRST: tl.constexpr, COUNT: tl.constexpr, N: tl.constexpr,
-                                 SUMMARY: tl.constexpr, SEGMENTS: tl.constexpr, T: tl.constexpr, BLOCK_C: tl.constexpr,
+                                 SUMMARY: tl.constexpr, T: tl.constexpr, BLOCK_C: tl.constexpr,
                                  BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr):
     """COUNT directions in the order 0, 2, 1, 3 from FIRST on; y (B, L, D) float32; or only the segments' summaries."""
     i_segment = tl.program_id(1)
@@ -94,7 +88,7 @@ def selective_scan_2d_fwd_kernel(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_l
             tl.debug_barrier()  # rows stored by other threads of this program are read below
         _walk_segment(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_skip, p_state, p_step, p_y, i_segment, i_batch,
                       o_channel, m_channel, height, width, channels, rank, n_tiles, n_segments, stride_x_pixel,
-                      stride_x_channel, FIRST + q // 2 + 2 * (q % 2), N, q + FIRST > 0, SUMMARY, SEGMENTS, T, BLOCK_N,
+                      stride_x_channel, FIRST + q // 2 + 2 * (q % 2), N, q + FIRST > 0, SUMMARY, T, BLOCK_N,
                       BLOCK_R, PRECISION)
 
 

@@ -22,7 +22,7 @@ def pixel_stride(x: Tensor) -> int:
 class Launch:
     """Everything that forward and backward launches have in common."""
 
-    def __init__(self, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, block_channels=32, warps=None, tile=16):
+    def __init__(self, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, block_channels=32, tile=16, states_per_warp=4):
         self.x = x = pixel_uniform(x)
         self.batch, self.channels, self.height, self.width = x.shape
         self.rank, self.state = dt_proj_weight.shape[2], A_log.shape[1]
@@ -44,11 +44,10 @@ class Launch:
         block_state = triton.next_power_of_2(self.state)
         self.constants = dict(
             N=self.state,
-            SEGMENTS=triton.next_power_of_2(self.segments),
             T=tile,
             BLOCK_C=block_channels,
             BLOCK_N=block_state,
             BLOCK_R=max(16, triton.next_power_of_2(self.rank)),
             PRECISION="ieee" if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32",
-            num_warps=warps or max(1, min(8, block_state // 4)),
+            num_warps=max(1, min(8, block_state // states_per_warp)),
         )

@@ -7,12 +7,26 @@ from ..triton_scan import LOG2_E, softplus
 
 
 @triton.jit
-def pixel_of(i_token, height, width, K: tl.constexpr):
-    """Row-major pixel of a token: directions 0 and 2 walk along rows, 1 and 3 along columns (2 and 3 backwards)."""
-    if K % 2 == 1:
-        return (i_token % height) * width + i_token // height
+def tile_tokens(i_tile, n_tiles, i_segment, height, width, K: tl.constexpr, T: tl.constexpr):
+    """Row-major pixels (T) and mask of a segment's ``i_tile``-th tile in scan order.
+
+    Directions 0 and 2 walk along rows, 1 and 3 along columns; 2 and 3 backwards.
+    """
+    i_first = i_segment * n_tiles * T
+    if K >= 2:
+        i_first += (n_tiles - 1 - i_tile) * T
+        i_in_tile = T - 1 - tl.arange(0, T)
     else:
-        return i_token
+        i_first += i_tile * T
+        i_in_tile = tl.arange(0, T)
+    m_token = i_first + i_in_tile < height * width
+    if K % 2 == 0:
+        return i_first + i_in_tile, m_token
+    # Column-major: one division for the tile, small numbers for its tokens (a comparison, or a product with 2^16 / height
+    # that is exact below 2 T).
+    i_row = i_first % height + i_in_tile
+    i_wrap = tl.where(height >= T, (i_row >= height).to(tl.int32), (i_row * (65536 // height + 1)) >> 16)
+    return (i_row - i_wrap * height) * width + i_first // height + i_wrap, m_token
 
 
 @triton.jit

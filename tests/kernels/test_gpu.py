@@ -1,0 +1,74 @@
+"""The Triton kernels on a GPU, against the float64 recurrence, with fresh random inputs."""
+
+import pytest
+import torch
+from mmvssm_kernels.testing import check_operator, poisoned_memory, relative_error
+
+from .cases import LARGE, OPERATORS, SHORT, case_id
+
+pytestmark = pytest.mark.gpu
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SHORT + LARGE, ids=case_id)
+def test_against_float64(case, dtype):
+    with poisoned_memory():
+        check_operator(OPERATORS[type(case)], case, dtype, "cuda", "triton")
+
+
+def run(case, inputs, backend="triton"):
+    inputs = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    outputs = OPERATORS[type(case)](*inputs, **case.options(), backend=backend)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    torch.manual_seed(1)
+    upstream = [torch.randn_like(t) for t in outputs]
+    return outputs + list(torch.autograd.grad(outputs, [t for t in inputs if t is not None], upstream))
+
+
+@pytest.mark.parametrize("case", LARGE, ids=case_id)
+def test_two_runs_agree_bit_for_bit(case):
+    inputs = case.inputs(torch.float16, "cuda")
+    for first, second in zip(run(case, inputs), run(case, inputs), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("layout", ["sliced", "transposed", "expanded"])
+@pytest.mark.parametrize("case", [c for c in LARGE if c.state == 1][-3:], ids=case_id)
+def test_strides(case, layout):
+    inputs = case.inputs(torch.float32, "cuda")
+    x = inputs[0]
+    if layout == "sliced":
+        x = torch.cat([x, x], dim=1)[:, : x.shape[1]]
+    elif layout == "transposed":
+        x = x.transpose(2, 3).contiguous().transpose(2, 3)
+    else:
+        x = x[:1].expand_as(x)
+    dense = [x.contiguous(), *inputs[1:]]
+    for got, want in zip(run(case, [x, *inputs[1:]]), run(case, dense), strict=True):
+        assert relative_error(got, want) < 1e-5
+
+
+def test_cuda_graph_capture():
+    case = LARGE[-3]
+    inputs = case.inputs(torch.float16, "cuda")
+    operator = OPERATORS[type(case)]
+    want = operator(*inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = operator(*inputs)
+    got.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(got, want)
+
+
+def test_one_kernel_serves_all_image_sizes():
+    from mmvssm_kernels.selective_scan_2d.triton_fwd import selective_scan_2d_fwd_kernel as kernel
+
+    device = torch.cuda.current_device()
+    operator, case = OPERATORS[type(LARGE[-1])], LARGE[-1]
+    compiled = []
+    for height, width in ((50, 76), (51, 77), (48, 80), (63, 67)):
+        operator(*case._replace(height=height, width=width).inputs(torch.float16, "cuda"))
+        compiled.append(len(kernel.device_caches[device][0]))
+    assert len(set(compiled)) == 1
