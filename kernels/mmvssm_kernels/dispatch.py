@@ -4,7 +4,6 @@ Order of precedence: the operator's ``backend`` argument, the innermost :func:`u
 variable ``MMVSSM_BACKEND``, and last ``auto``: Triton for tensors on a GPU that Triton can serve, torch elsewhere.
 """
 
-import contextvars
 import functools
 import importlib.util
 import os
@@ -14,8 +13,11 @@ from contextlib import contextmanager
 
 import torch
 
+from .flops import register_formulas
+
 BACKENDS = ("auto", "triton", "torch", "reference")
-_context: contextvars.ContextVar[str | None] = contextvars.ContextVar("mmvssm_backend", default=None)
+# Innermost last. A plain list, because torch.compile cannot trace context variables.
+_contexts: list[str] = []
 # Operators whose kernels could not be compiled in this process; served by torch from then on.
 _broken: set[str] = set()
 
@@ -36,19 +38,21 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: If ``name`` is none of these.
     """
-    token = _context.set(_checked(name, "use_backend(name)"))
+    _contexts.append(_checked(name, "use_backend(name)"))
     try:
         yield
     finally:
-        _context.reset(token)
+        _contexts.pop()
 
 
 def requested_backend(argument: str) -> str:
     """Backend that the caller asked for, from argument, context or environment; ``auto`` when nobody did."""
+    if not torch.compiler.is_compiling():
+        register_formulas()
     if _checked(argument, "backend") != "auto":
         return argument
-    if (chosen := _context.get()) is not None:
-        return chosen
+    if _contexts:
+        return _contexts[-1]
     return _checked(os.environ.get("MMVSSM_BACKEND", "auto"), "environment variable MMVSSM_BACKEND")
 
 

@@ -2,11 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import dispatch
 from ..checks import computing_dtype
-from ..flops import BACKWARD_FACTOR, scan_flops
+from ..flops import BACKWARD_FACTOR, flop_formula, scan_flops
 from .torch_scan import scan_backward, scan_forward
 
 
@@ -160,12 +159,12 @@ def _backward(ctx, dout, dlast):
 selective_scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.mmvssm.selective_scan)
+@flop_formula("selective_scan")
 def _flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
     batch, channels, length = u_shape
     return scan_flops(batch, channels, length, A_shape[1])
 
 
-@register_flop_formula(torch.ops.mmvssm.selective_scan_backward)
+@flop_formula("selective_scan_backward")
 def _backward_flops(dout_shape, dlast_shape, u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
     return BACKWARD_FACTOR * _flops(u_shape, delta_shape, A_shape)

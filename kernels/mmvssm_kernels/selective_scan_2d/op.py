@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import dispatch
-from ..flops import BACKWARD_FACTOR, projection_flops, scan_flops
+from ..flops import BACKWARD_FACTOR, flop_formula, projection_flops, scan_flops
 from . import torch_scan
 
 
@@ -92,13 +91,13 @@ def _backward(ctx, dy):
 selective_scan_2d_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.mmvssm.selective_scan_2d)
+@flop_formula("selective_scan_2d")
 def _flops(x_shape, x_proj_shape, dt_proj_shape, dt_bias_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
     batch, channels, height, width = x_shape
     sizes = (batch, channels, height * width, A_shape[1])
     return scan_flops(*sizes, directions=4) + projection_flops(*sizes, rank=dt_proj_shape[2], directions=4)
 
 
-@register_flop_formula(torch.ops.mmvssm.selective_scan_2d_backward)
+@flop_formula("selective_scan_2d_backward")
 def _backward_flops(dy_shape, *shapes, out_shape=None, **kwargs) -> int:
     return BACKWARD_FACTOR * _flops(*shapes)
