@@ -9,7 +9,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -87,11 +87,17 @@ def run(operator: str, backend: str, device: torch.device, triton_call: Callable
         have = "is not installed" if not triton_importable() else f"cannot serve tensors on {device}"
         raise ValueError(f"backend 'triton' was asked for, but Triton {have}; use 'auto' or 'torch'")
     automatic = backend == "auto" and available_backends(device)[0] == "triton" and operator not in _broken
+    # Dtypes are the operator's own business: autocast must not change those of the products inside.
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with torch.autocast(device.type, enabled=False), current:
+        return _run(operator, backend, device, automatic, triton_call, torch_call)
+
+
+def _run(operator, backend, device, automatic, triton_call, torch_call):
     if backend != "triton" and not automatic:
         return torch_call()
     try:
-        with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
-            return triton_call()
+        return triton_call()
     except Exception as error:
         if backend == "triton" or not _is_compile_error(error):
             raise

@@ -123,15 +123,15 @@ def tile_gradients(dt, u, B, dy, rate, state, grad, i_token):
 
 @triton.jit
 def carry_in(p_state, p_step, rate, i_segment, n_segments, o_state, m_state, o_channel, m_channel, stride_state,
-             stride_step, ASCENDING: tl.constexpr):
-    """State (N, C) that reaches segment ``i_segment`` from the segments before it (after it, if not ASCENDING).
+             stride_step, ascending):
+    """State (N, C) that reaches segment ``i_segment`` from the segments before it (after it, if not ``ascending``).
 
     Every segment left the state it reaches from zero, ``p_state``, and the sum of its step sizes, ``p_step``.
     """
     state = tl.zeros(rate.shape, tl.float32)
-    n_others = i_segment if ASCENDING else n_segments - 1 - i_segment
+    n_others = tl.where(ascending, i_segment, n_segments - 1 - i_segment)
     for i in range(n_others):
-        i_other = i if ASCENDING else n_segments - 1 - i
+        i_other = tl.where(ascending, i, n_segments - 1 - i)
         steps = tl.load(p_step + i_other * stride_step + o_channel, mask=m_channel, other=0.0)
         local = tl.load(p_state + i_other * stride_state + o_state, mask=m_state, other=0.0)
         state = local + tl.exp2(steps[None, :] * rate) * state

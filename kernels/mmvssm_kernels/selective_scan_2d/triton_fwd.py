@@ -12,17 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_scan import carry_in, tile_states
-from .triton_tile import load_parameters, load_step_sizes, tile_tokens
+from .triton_tile import load_parameters, load_step_sizes, tile_pixels
 from .triton_launch import Launch
 
 
 @triton.jit
 def _walk_segment(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_skip, p_state, p_step, p_y, i_segment, i_batch,
                   o_channel, m_channel, height, width, channels, rank, n_tiles, n_segments, stride_x_pixel,
-                  stride_x_channel, K: tl.constexpr, N: tl.constexpr, ACCUMULATE: tl.constexpr, SUMMARY: tl.constexpr,
-                  T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+                  stride_x_channel, i_direction, accumulate, N: tl.constexpr, SUMMARY: tl.constexpr,
+                  NARROW: tl.constexpr, T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
                   PRECISION: tl.constexpr):
-    REVERSE: tl.constexpr = K >= 2
+    is_reverse = i_direction >= 2
     i_in_tile = tl.arange(0, T)
     o_rank = tl.arange(0, BLOCK_R)
     m_rank = o_rank < rank
@@ -30,24 +30,24 @@ def _walk_segment(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_skip, p_s
     m_state = i_state < N
     m_state_channel = m_state[:, None] & m_channel[None, :]
     weight, bias, rate = load_parameters(p_dt_weight, p_dt_bias, p_A_log, o_channel, m_channel, o_rank, m_rank, i_state,
-                                         m_state, channels, rank, K, N)
+                                         m_state, channels, rank, i_direction, N)
     # Summaries are (batch, direction, segment, [state,] channel).
-    i_sequence = (i_batch * 4 + K) * n_segments
+    i_sequence = (i_batch * 4 + i_direction) * n_segments
     o_state = i_state[:, None] * channels + o_channel[None, :]
     p_state += i_sequence * N * channels
     p_step += i_sequence * channels
     if not SUMMARY:
         state = carry_in(p_state, p_step, rate, i_segment, n_segments, o_state, m_state_channel, o_channel, m_channel,
-                         N * channels, channels, not REVERSE)
+                         N * channels, channels, not is_reverse)
     else:
         state = tl.zeros(rate.shape, tl.float32)
     if not SUMMARY:
-        skip = tl.load(p_skip + K * channels + o_channel, mask=m_channel, other=0.0).to(tl.float32)
+        skip = tl.load(p_skip + i_direction * channels + o_channel, mask=m_channel, other=0.0).to(tl.float32)
     stride_projected = 4 * (rank + 2 * N)
-    p_projected += i_batch * height * width * stride_projected + K * (rank + 2 * N)
+    p_projected += i_batch * height * width * stride_projected + i_direction * (rank + 2 * N)
     steps = tl.zeros(bias.shape, tl.float32)
     for i in range(n_tiles):
-        o_pixel, m_token = tile_tokens(i, n_tiles, i_segment, height, width, K, T)
+        o_pixel, m_token = tile_pixels(i, n_tiles, i_segment, height, width, i_direction, NARROW, T)
         m_tile = m_token[:, None] & m_channel[None, :]
         dt = load_step_sizes(p_projected, o_pixel, m_token, o_rank, m_rank, weight, bias, stride_projected, PRECISION)
         u = tl.load(p_x + o_pixel[:, None] * stride_x_pixel + o_channel[None, :] * stride_x_channel, mask=m_tile,
@@ -62,33 +62,31 @@ def _walk_segment(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_skip, p_s
             C = tl.load(p_B + N, mask=m_B, other=0.0).to(tl.float32)
             y = tl.sum(states * C[:, :, None], axis=1) + skip[None, :] * u
             p_out = p_y + o_pixel[:, None] * channels + o_channel[None, :]
-            if ACCUMULATE:
-                y += tl.load(p_out, mask=m_tile, other=0.0)
+            y += tl.load(p_out, mask=m_tile & accumulate, other=0.0)
             tl.store(p_out, y, mask=m_tile)
     if SUMMARY:
         tl.store(p_state + i_segment * N * channels + o_state, state, mask=m_state_channel)
         tl.store(p_step + i_segment * channels + o_channel, steps, mask=m_channel)
 
 
-@triton.jit(do_not_specialize=["stride_x_channel", "height", "width", "n_tiles", "n_segments"])
+@triton.jit(do_not_specialize=["stride_x_channel", "height", "width", "n_tiles", "n_segments", "first", "count"])
 def selective_scan_2d_fwd_kernel(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_skip, p_state, p_step, p_y, height,
                                  width, channels, rank, n_tiles, n_segments, stride_x_batch, stride_x_pixel,
-                                 stride_x_channel, FIRST: tl.constexpr, COUNT: tl.constexpr, N: tl.constexpr,
-                                 SUMMARY: tl.constexpr, T: tl.constexpr, BLOCK_C: tl.constexpr,
+                                 stride_x_channel, first, count, N: tl.constexpr,
+                                 SUMMARY: tl.constexpr, NARROW: tl.constexpr, T: tl.constexpr, BLOCK_C: tl.constexpr,
                                  BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr):
-    """COUNT directions in the order 0, 2, 1, 3 from FIRST on; y (B, L, D) float32; or only the segments' summaries."""
+    """``count`` directions in the order 0, 2, 1, 3 from ``first`` on; y (B, L, D) float32; or only the segments' summaries."""
     i_segment = tl.program_id(1)
     i_batch = tl.program_id(2).to(tl.int64)
     o_channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_channel = o_channel < channels
     p_x += i_batch * stride_x_batch
     p_y += i_batch * height * width * channels
-    for q in tl.static_range(COUNT):
-        if q > 0:
-            tl.debug_barrier()  # rows stored by other threads of this program are read below
+    for q in range(count):
+        tl.debug_barrier()  # rows stored by other threads of this program are read below
         _walk_segment(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_skip, p_state, p_step, p_y, i_segment, i_batch,
                       o_channel, m_channel, height, width, channels, rank, n_tiles, n_segments, stride_x_pixel,
-                      stride_x_channel, FIRST + q // 2 + 2 * (q % 2), N, q + FIRST > 0, SUMMARY, T, BLOCK_N,
+                      stride_x_channel, first + q // 2 + 2 * (q % 2), q + first > 0, N, SUMMARY, NARROW, T, BLOCK_N,
                       BLOCK_R, PRECISION)
 
 
@@ -98,10 +96,10 @@ def selective_scan_2d_forward(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_
     y = x.new_empty(launch.batch, launch.height, launch.width, launch.channels, dtype=torch.float32)
     arguments = (*launch.tensors, launch.states, launch.steps, y, *launch.sizes)
     if launch.segments > 1:
-        selective_scan_2d_fwd_kernel[launch.grid](*arguments, FIRST=0, COUNT=4, SUMMARY=True, **launch.constants)
+        selective_scan_2d_fwd_kernel[launch.grid](*arguments, first=0, count=4, SUMMARY=True, **launch.constants)
     if launch.segments > 1:
         for first in (0, 1):
-            selective_scan_2d_fwd_kernel[launch.grid](*arguments, FIRST=first, COUNT=2, SUMMARY=False, **launch.constants)
+            selective_scan_2d_fwd_kernel[launch.grid](*arguments, first=first, count=2, SUMMARY=False, **launch.constants)
     else:
-        selective_scan_2d_fwd_kernel[launch.grid](*arguments, FIRST=0, COUNT=4, SUMMARY=False, **launch.constants)
+        selective_scan_2d_fwd_kernel[launch.grid](*arguments, first=0, count=4, SUMMARY=False, **launch.constants)
     return y.to(out_dtype).permute(0, 3, 1, 2)

@@ -19,6 +19,17 @@ def pixel_stride(x: Tensor) -> int:
     return x.stride(3) if x.shape[3] > 1 else x.stride(2)
 
 
+def project(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows @ weight.T`` from operands in the dtype of ``rows``, kept in float32.
+
+    Rounding the projections to 16 bits would cost more accuracy than everything after them.
+    """
+    weight = weight.to(rows.dtype)
+    if rows.dtype == torch.float32 or rows.device.type != "cuda":
+        return rows.float() @ weight.float().T
+    return torch.mm(rows, weight.T, out_dtype=torch.float32)
+
+
 class Launch:
     """Everything that forward and backward launches have in common."""
 
@@ -29,7 +40,7 @@ class Launch:
         length = self.height * self.width
         self.flat = x.permute(0, 2, 3, 1).reshape(self.batch, length, self.channels)
         # One matrix product makes the projections of all directions at every pixel: (B, L, 4 (R + 2N)).
-        self.projected = torch.matmul(self.flat, x_proj_weight.flatten(0, 1).to(x.dtype).T)
+        self.projected = project(self.flat.flatten(0, 1), x_proj_weight.flatten(0, 1)).unflatten(0, (self.batch, length))
         self.weights = tuple(t.contiguous() for t in (dt_proj_weight, dt_proj_bias, A_log, D))
         self.tensors = (x, self.projected, *self.weights)
         tiles = triton.cdiv(length, tile)
@@ -44,6 +55,7 @@ class Launch:
         block_state = triton.next_power_of_2(self.state)
         self.constants = dict(
             N=self.state,
+            NARROW=min(self.height, self.width) < tile,
             T=tile,
             BLOCK_C=block_channels,
             BLOCK_N=block_state,
