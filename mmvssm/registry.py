@@ -1,4 +1,8 @@
-"""Child registries of MMEngine's, scope ``mmvssm``."""
+"""Child registries of MMEngine's, scope ``mmvssm``.
+
+Configs write ``type='mmvssm.VMamba'``. MMEngine then imports this module by itself, whatever the default scope is, and
+on first use the package named in ``locations``; no ``custom_imports`` are needed.
+"""
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import MODELS as MMENGINE_MODELS

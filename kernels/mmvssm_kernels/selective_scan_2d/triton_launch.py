@@ -19,15 +19,19 @@ def pixel_stride(x: Tensor) -> int:
     return x.stride(3) if x.shape[3] > 1 else x.stride(2)
 
 
+# Products of 16-bit operands that keep their float32 result exist from torch 2.8 on.
+_WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
+
+
 def project(rows: Tensor, weight: Tensor) -> Tensor:
     """``rows @ weight.T`` from operands in the dtype of ``rows``, kept in float32.
 
     Rounding the projections to 16 bits would cost more accuracy than everything after them.
     """
     weight = weight.to(rows.dtype)
-    if rows.dtype == torch.float32 or rows.device.type != "cuda":
-        return rows.float() @ weight.float().T
-    return torch.mm(rows, weight.T, out_dtype=torch.float32)
+    if rows.dtype != torch.float32 and rows.device.type == "cuda" and _WIDE_PRODUCTS:
+        return torch.mm(rows, weight.T, out_dtype=torch.float32)
+    return rows.float() @ weight.float().T
 
 
 class Launch:

@@ -1,0 +1,12 @@
+_base_ = "../_base_/from_scratch/classifier_tinyimagenet20-128px.py"
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="SwinTransformer",
+        arch="tiny",
+        img_size=128,
+        drop_path_rate=0.05,
+        pad_small_map=True,
+    ),
+)

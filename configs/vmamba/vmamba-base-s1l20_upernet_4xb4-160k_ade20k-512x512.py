@@ -1,0 +1,8 @@
+_base_ = "./vmamba-small-s1l20_upernet_4xb4-160k_ade20k-512x512.py"
+
+checkpoint_file = "https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/vssm1_base_0229s_ckpt_epoch_225.pth"
+model = dict(
+    backbone=dict(arch="base-s1l20", drop_path_rate=0.6, init_cfg=dict(checkpoint=checkpoint_file)),
+    decode_head=dict(in_channels=[128, 256, 512, 1024]),
+    auxiliary_head=dict(in_channels=512),
+)

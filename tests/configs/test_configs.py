@@ -1,0 +1,103 @@
+"""Every config parses and builds, and its parts fit each other."""
+
+import copy
+
+import pytest
+import torch
+
+from mmvssm import list_models
+from mmvssm.models import VMamba
+from tests.configs.conftest import FAMILIES, config_files, parsed
+from tests.helpers import ROOT
+
+OURS = config_files(*FAMILIES, "_examples_")
+BASELINES = config_files("_baselines_")
+TASKS = {"mmpretrain": "classification", "mmdet": "detection", "mmseg": "segmentation"}
+
+
+def build(cfg, device: str):
+    """The config's model; on the meta device nothing is computed and no memory is taken."""
+    from mmengine.registry import MODELS, DefaultScope
+
+    model = copy.deepcopy(cfg.model)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope), torch.device(device):
+        return MODELS.build(model)
+
+
+def check_channels(model, scope: str) -> None:
+    """What the neck or the heads expect is what the backbone gives."""
+    widths = list(model.backbone.out_channels)
+    if scope == "mmpretrain":
+        assert model.head.fc.in_features == widths[-1]
+        assert len(widths) == 1
+    elif scope == "mmdet":
+        assert list(model.neck.in_channels) == widths
+        assert tuple(model.backbone.out_strides) == (4, 8, 16, 32)
+        assert tuple(model.rpn_head.prior_generator.strides[0]) == (4, 4)
+    else:
+        assert list(model.decode_head.in_channels) == widths
+        assert model.auxiliary_head.in_channels == widths[2]
+        assert model.decode_head.num_classes == model.auxiliary_head.num_classes
+
+
+@pytest.mark.parametrize("file", OURS, ids=lambda file: file.stem)
+def test_builds(file):
+    cfg = parsed(file)
+    if "_amp-" in file.stem:  # the same model, and the other file is built
+        assert cfg.model == parsed(file.with_name(file.name.replace("_amp-", "_"))).model
+    else:
+        model = build(cfg, "meta")
+        check_channels(model, cfg.default_scope)
+        assert isinstance(model.backbone, VMamba)
+    assert cfg.optim_wrapper.get("type", "OptimWrapper") in ("OptimWrapper", "AmpOptimWrapper")
+    assert file.parent.name == "_examples_" or "base_batch_size" in cfg.auto_scale_lr
+    assert "custom_imports" not in cfg
+
+
+@pytest.mark.parametrize("file", BASELINES, ids=lambda file: file.stem)
+def test_baseline_differs_in_the_backbone_only(file):
+    ours = next(f for f in OURS if f.stem == file.stem.replace("swin-t", "vmamba-tiny-s1l8"))
+    ours, baseline = parsed(ours), parsed(file)
+    contents = []
+    for cfg in (ours, baseline):
+        content = cfg.to_dict()
+        backbone = content["model"].pop("backbone")
+        contents.append(content)
+        assert "init_cfg" not in backbone
+    assert contents[0] == contents[1]
+    assert ours.model.backbone.drop_path_rate == baseline.model.backbone.drop_path_rate
+    build(baseline, "cpu")
+
+
+@pytest.mark.parametrize("file", config_files(*FAMILIES), ids=lambda file: file.stem)
+def test_file_name_says_what_the_config_is(file):
+    cfg = parsed(file)
+    if isinstance(cfg.model.backbone.arch, str):
+        assert f"-{cfg.model.backbone.arch}_" in file.stem
+    assert (cfg.optim_wrapper.get("type") == "AmpOptimWrapper") == ("_amp-" in file.stem or "_in1k" in file.stem)
+    if "_coco" in file.stem:
+        assert cfg.train_cfg.max_epochs == (12 if "_1x_" in file.stem else 36)
+    if "xb" in file.stem:
+        gpus, batch = next(part for part in file.stem.split("_") if "xb" in part).split("-")[0].split("xb")
+        assert cfg.train_dataloader.batch_size == int(batch)
+        assert cfg.auto_scale_lr.base_batch_size == int(gpus) * int(batch)
+    assert file.stem in list_models(task=TASKS[cfg.default_scope])
+
+
+@pytest.mark.parametrize("name", ["mmdet_mask-rcnn", "mmseg_upernet", "mmpretrain_classifier"])
+def test_examples_of_the_readme(name):
+    """The README shows these files; they are the stock config but for the backbone and what is fed by it."""
+    text = next(f for f in OURS if f.stem == name).read_text()
+    assert text in (ROOT / "README.md").read_text()
+    override = text.split("model = dict(\n")[1].rstrip().rstrip(")")
+    assert len(override.strip().splitlines()) <= 5
+
+
+def test_data_folder_follows_the_environment(monkeypatch):
+    from mmengine.config import Config
+
+    monkeypatch.setenv("MMVSSM_DATA", "/elsewhere")
+    for name in ("mask-rcnn_vmamba-tiny-s1l8_fpn_car-parts", "vmamba-tiny-s1l8_upernet_camvid"):
+        cfg = Config.fromfile(next(f for f in OURS if f.stem == name))
+        assert cfg.train_dataloader.dataset.data_root.startswith("/elsewhere/c")
+        assert cfg.val_evaluator.get("ann_file", "/elsewhere/").startswith("/elsewhere/")

@@ -1,0 +1,72 @@
+"""Layers and initialisation functions."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mmvssm.models.layers import DropPath, PatchMerging, build_activation, conv_channel_last, drop_path_rates
+from mmvssm.models.mixers.ssm_init import init_A_log_, init_D_, init_dt_proj_, init_x_proj_, inverse_softplus
+
+
+def test_patch_merging_order():
+    """Channels of the gathered 2x2 neighbourhood: (0, 0), (1, 0), (0, 1), (1, 1) as (row, column)."""
+    merge = PatchMerging(1, 4)
+    merge.norm = nn.Identity()
+    nn.init.eye_(merge.reduction.weight)
+    x = torch.arange(6.0).reshape(1, 2, 3, 1)  # rows 0 1 2 and 3 4 5
+    assert merge(x)[0, 0].tolist() == [[0, 3, 1, 4], [2, 5, 0, 0]]
+    merge.odd_size = "crop"
+    assert merge(x)[0, 0].tolist() == [[0, 3, 1, 4]]
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 1, 1, 3), (2, 1, 6, 3)])
+def test_channel_last_convolution(shape):
+    conv, x = nn.Conv2d(3, 4, 3, padding=1), torch.randn(shape)
+    out = conv_channel_last(conv, x)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, conv(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1))
+
+
+def test_drop_path_keeps_the_mean():
+    torch.manual_seed(0)
+    drop = DropPath(0.25).train()
+    out = drop(torch.ones(4000, 2, 3))
+    assert out.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert (out == out[:, :1, :1]).all()  # a sample is dropped as a whole
+    assert out.mean() == pytest.approx(1, abs=0.05)
+    assert drop.eval()(out) is out
+
+
+def test_drop_path_rates():
+    assert drop_path_rates(0.3, (1, 2, 1)) == [[0.0], pytest.approx([0.1, 0.2]), [pytest.approx(0.3)]]
+    assert drop_path_rates(0.3, (1,)) == [[0.0]]
+
+
+def test_activation_names():
+    assert isinstance(build_activation(None), nn.Identity)
+    x = torch.linspace(-3, 3, 7)
+    torch.testing.assert_close(build_activation("gelu")(x), x * 0.5 * (1 + torch.erf(x / math.sqrt(2))))
+    with pytest.raises(ValueError, match="out_act='tanh' is not an activation; choose one of None, 'gelu'"):
+        build_activation("tanh", "out_act")
+
+
+def test_inverse_softplus():
+    y = torch.tensor([1e-4, 1e-3, 0.1, 5.0])
+    torch.testing.assert_close(nn.functional.softplus(inverse_softplus(y)), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scan_initialisation(dtype):
+    torch.manual_seed(0)
+    A_log = init_A_log_(torch.empty(8, 16, dtype=dtype))
+    torch.testing.assert_close(A_log[3].exp(), torch.arange(1.0, 17).to(dtype), rtol=2e-2, atol=0)
+    weight, bias = torch.empty(4, 64, 9, dtype=dtype), torch.empty(4, 64, dtype=dtype)
+    init_dt_proj_(weight, bias, dt_floor=0.01)
+    assert weight.abs().max() <= 1 / 3
+    steps = nn.functional.softplus(bias.float())
+    assert steps.min() == pytest.approx(0.01, rel=2e-2)  # the floor acts: draws begin at 0.001
+    assert steps.max() <= 0.102
+    assert init_x_proj_(torch.empty(4, 5, 16, dtype=dtype)).abs().max() <= 0.25
+    assert (init_D_(torch.empty(8, dtype=dtype)) == 1).all()
