@@ -2,8 +2,8 @@
 
     python kernels/benchmarks/run.py [--json FILE] [--dtype float16|bfloat16|float32] [--only SUBSTRING]
 
-Every case is checked against the float64 recurrence first (on a cut-down batch); a case that fails is not timed. Times are
-medians of CUDA-event timings with a flushed L2 cache (triton.testing.do_bench), in milliseconds.
+Every case is checked against the float64 recurrence first (on a cut-down batch); a case that fails is not timed. Times
+are medians of CUDA-event timings with a flushed L2 cache (triton.testing.do_bench), in milliseconds.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 
 import torch
+
 from mmvssm_kernels import selective_scan_2d
 from mmvssm_kernels.testing import Scan2d, check_operator
 
@@ -63,7 +64,12 @@ def measure(case: Scan2d, dtype: torch.dtype) -> dict[str, float]:
     before = torch.cuda.memory_allocated()
     y = selective_scan_2d(*inputs)
     # The result itself belongs to the consumer; x is held by the producer and counted because backward needs it.
-    held = torch.cuda.memory_allocated() - before - y.numel() * y.element_size() + inputs[0].numel() * inputs[0].element_size()
+    held = (
+        torch.cuda.memory_allocated()
+        - before
+        - y.numel() * y.element_size()
+        + inputs[0].numel() * inputs[0].element_size()
+    )
     dy = torch.randn_like(y)
     backward = do_bench(lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True), return_mode="median")
     floor_forward, floor_backward = floors(case, inputs[0].element_size())

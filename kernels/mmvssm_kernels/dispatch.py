@@ -77,16 +77,24 @@ def available_backends(device: torch.device | str) -> tuple[str, ...]:
     return ("torch", "reference")
 
 
-def run(operator: str, backend: str, device: torch.device, triton_call: Callable, torch_call: Callable):
-    """Call the implementation of ``operator`` that ``backend`` and ``device`` select.
+def run(operator: str, backend: str, tensor: torch.Tensor, triton_call: Callable, torch_call: Callable):
+    """Call the implementation of ``operator`` that ``backend`` and the device of ``tensor``, its first input, select.
 
-    With ``auto``, a kernel that this GPU and Triton version cannot compile is announced once and replaced by torch; with
-    an explicit ``triton`` the error is raised.
+    The kernels compute in float32, so float64 inputs are served by torch.
+
+    With ``auto``, a kernel that this GPU and Triton version cannot compile is announced once and replaced by torch;
+    with an explicit ``triton`` the error is raised.
     """
+    device = tensor.device
+    if backend == "triton" and tensor.dtype == torch.float64:
+        raise ValueError(
+            "backend 'triton' was asked for, but it computes in float32; use 'auto' or 'torch' for float64"
+        )
     if backend == "triton" and "triton" not in available_backends(device):
         have = "is not installed" if not triton_importable() else f"cannot serve tensors on {device}"
         raise ValueError(f"backend 'triton' was asked for, but Triton {have}; use 'auto' or 'torch'")
     automatic = backend == "auto" and available_backends(device)[0] == "triton" and operator not in _broken
+    automatic = automatic and tensor.dtype != torch.float64
     # Dtypes are the operator's own business: autocast must not change those of the products inside.
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with torch.autocast(device.type, enabled=False), current:

@@ -38,8 +38,8 @@ def flop_formula(operator: str) -> Callable[[Callable], Callable]:
 def register_formulas() -> None:
     """Hand the formulas to torch's FLOP counter once somebody uses it.
 
-    Importing the counter imports Triton, which a program that counts nothing need not pay for; so this runs at each call of
-    an operator and does nothing until the counter is there.
+    Importing the counter imports Triton, which a program that counts nothing need not pay for; so this runs at each
+    call of an operator and does nothing until the counter is there.
     """
     if _formulas and "torch.utils.flop_counter" in sys.modules:
         from torch.utils.flop_counter import register_flop_formula

@@ -152,7 +152,7 @@ def _by_recurrence(operator: Callable, case: NamedTuple, exact: list):
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill what ``Tensor.new_empty`` and ``torch.empty_like`` return with NaN, so that an element never written shows."""
+    """Fill what ``Tensor.new_empty`` and ``torch.empty_like`` return with NaN: an element never written shows."""
 
     def poisoned(allocate):
         def wrapper(*args, **kwargs):

@@ -1,8 +1,8 @@
 """Building blocks of the scan kernels.
 
-Tiles are (T tokens, N states, C channels). One warp lane owns a channel and keeps all tokens of its tile in registers, so
-that a scan over tokens is a chain of multiply-adds without shuffles. For the compiler to choose that layout the channel
-stride must not be known to be one: kernels receive it as a run-time number.
+Tiles are (T tokens, N states, C channels). One warp lane owns a channel and keeps all tokens of its tile in registers,
+so that a scan over tokens is a chain of multiply-adds without shuffles. For the compiler to choose that layout the
+channel stride must not be known to be one: kernels receive it as a run-time number.
 
 Row i of a tile is the i-th token in scan order whatever the direction, so states are always scanned downwards and their
 gradients upwards. Numbers: ``rate`` is ``A log2(e)``, so that a decay is ``exp2(dt rate)``; everything is float32.
@@ -19,8 +19,8 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 def softplus(x):
     """log(1 + exp(x)) as max(x, 0) + log1p(exp(-|x|)).
 
-    log1p(e) / e on [0, 1] is a Chebyshev fit of degree 7 (relative error 3e-7), which keeps small step sizes accurate and
-    needs no logarithm from the special-function unit.
+    log1p(e) / e on [0, 1] is a Chebyshev fit of degree 7 (relative error 3e-7), which keeps small step sizes accurate
+    and needs no logarithm from the special-function unit.
     """
     e = tl.exp2(-tl.abs(x) * LOG2_E)
     series = 0.0433708499 - e * 0.00833649755
@@ -53,7 +53,7 @@ def _chain_with_inflow(decay_1, state_1, inflow_1, decay_2, state_2, inflow_2):
 
 @triton.jit
 def _scan_states_and_inflow(decay, value, carry, i_token):
-    """As :func:`_scan_states`, with what flows in from the token before, ``decay[t] state[t - 1]``, without cancellation."""
+    """As :func:`_scan_states`, with the inflow ``decay[t] state[t - 1]`` of every token, without cancellation."""
     inflow = tl.where(i_token[:, None, None] == 0, decay * carry[None, :, :], 0.0)
     _, state, inflow = tl.associative_scan((decay, value + inflow, inflow), 0, _chain_with_inflow)
     return state, inflow
@@ -86,8 +86,8 @@ def _row(tile, i_token, ROW: tl.constexpr):
 def tile_states(dt, u, B, rate, state, i_token):
     """States of a tile, and the state that leaves it.
 
-    ``dt`` and ``u`` are (T, C), ``B`` is (T, N), ``rate`` and the entering ``state`` are (N, C), ``i_token`` is (T). Tokens with
-    a step size of zero change nothing.
+    ``dt`` and ``u`` are (T, C), ``B`` is (T, N), ``rate`` and the entering ``state`` are (N, C), ``i_token`` is (T).
+    Tokens with a step size of zero change nothing.
     """
     decay = tl.exp2(dt[:, None, :] * rate[None, :, :])
     states = _scan_states(decay, (dt * u)[:, None, :] * B[:, :, None], state, i_token)
@@ -122,8 +122,20 @@ def tile_gradients(dt, u, B, dy, rate, state, grad, i_token):
 
 
 @triton.jit
-def carry_in(p_state, p_step, rate, i_segment, n_segments, o_state, m_state, o_channel, m_channel, stride_state,
-             stride_step, ascending):
+def carry_in(
+    p_state,
+    p_step,
+    rate,
+    i_segment,
+    n_segments,
+    o_state,
+    m_state,
+    o_channel,
+    m_channel,
+    stride_state,
+    stride_step,
+    ascending,
+):
     """State (N, C) that reaches segment ``i_segment`` from the segments before it (after it, if not ``ascending``).
 
     Every segment left the state it reaches from zero, ``p_state``, and the sum of its step sizes, ``p_step``.

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from mmvssm_kernels import selective_scan, selective_scan_2d
 from mmvssm_kernels.selective_scan_2d.reference import cross_merge, cross_scan
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mmvssm_kernels.testing import check_operator, poisoned_memory, relative_error
 
 from .cases import LARGE, OPERATORS, SHORT, case_id
@@ -10,8 +11,15 @@ pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SHORT + LARGE, ids=case_id)
+def representable(case, dtype) -> bool:
+    """Step sizes of softplus(-20) = 2e-9 have gradients of that size: below float16's smallest number, 6e-8."""
+    return not (dtype == torch.float16 and getattr(case, "step", None) == -20.0)
+
+
+CHECKS = [(case, dtype) for case in SHORT + LARGE for dtype in DTYPES if representable(case, dtype)]
+
+
+@pytest.mark.parametrize(("case", "dtype"), CHECKS, ids=lambda v: case_id(v) if isinstance(v, tuple) else str(v))
 def test_against_float64(case, dtype):
     with poisoned_memory():
         check_operator(OPERATORS[type(case)], case, dtype, "cuda", "triton")

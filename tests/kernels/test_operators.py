@@ -3,9 +3,10 @@
 import subprocess
 import sys
 
-import mmvssm_kernels
 import pytest
 import torch
+
+import mmvssm_kernels
 from mmvssm_kernels import selective_scan, selective_scan_2d, use_backend
 from mmvssm_kernels.testing import Scan, Scan2d, check_operator, relative_error
 
@@ -43,7 +44,7 @@ def test_gradcheck(case):
 
 @pytest.mark.parametrize("missing", ["D", "z", "delta_bias"])
 def test_optional_arguments_are_neutral(missing):
-    u, delta, A, B, C, D, z, bias = Scan(1, 4, 9, 2, gate=True).inputs(torch.float32)
+    u, delta, A, B, C, D, _, bias = Scan(1, 4, 9, 2, gate=True).inputs(torch.float32)
     arguments = {"D": D, "z": None, "delta_bias": bias}
     neutral = {"D": torch.zeros(4), "z": None, "delta_bias": torch.zeros(4)}
     with_none = selective_scan(u, delta, A, B, C, **(arguments | {missing: None}), delta_softplus=True)
@@ -154,6 +155,27 @@ class TestBackendChoice:
         with pytest.raises(ValueError, match="Triton"):
             selective_scan_2d(*Scan2d(1, 6, 4, 5, 3, 2).inputs(torch.float32), backend="triton")
 
+    def test_float64_is_not_left_to_kernels_in_float32(self, monkeypatch):
+        from mmvssm_kernels import dispatch
+
+        monkeypatch.setattr(dispatch, "available_backends", lambda device: ("triton", "torch"))
+        wide = torch.zeros(1, dtype=torch.float64)
+        assert dispatch.run("op", "auto", wide, lambda: "triton", lambda: "torch") == "torch"
+        assert dispatch.run("op", "auto", wide.float(), lambda: "triton", lambda: "torch") == "triton"
+        with pytest.raises(ValueError, match="computes in float32"):
+            dispatch.run("op", "triton", wide, lambda: "triton", lambda: "torch")
+
+    def test_autocast_does_not_reach_inside(self):
+        case = Scan2d(1, 6, 4, 5, 3, 2)
+        inputs = [t.requires_grad_() for t in case.inputs(torch.float32)]
+        want = selective_scan_2d(*inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = selective_scan_2d(*inputs)
+            grads = torch.autograd.grad(got.sum(), inputs)
+        assert torch.equal(got, want)
+        for grad, exact in zip(grads, torch.autograd.grad(want.sum(), inputs), strict=True):
+            assert torch.equal(grad, exact)
+
     def test_kernel_that_does_not_compile_falls_back_once(self, monkeypatch):
         from mmvssm_kernels import dispatch
 
@@ -165,7 +187,7 @@ class TestBackendChoice:
             raise RuntimeError("PassManager::run failed")
 
         def run(backend="auto"):
-            return dispatch.run("op", backend, torch.device("cpu"), fails, lambda: "torch")
+            return dispatch.run("op", backend, torch.zeros(1), fails, lambda: "torch")
 
         with pytest.warns(UserWarning, match="does not compile on test GPU"):
             assert run() == "torch"

@@ -48,7 +48,7 @@ def selective_scan(
         backend: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Returns:
-        Output (B, D, L) in the dtype of ``u``; with ``return_last_state`` also the state (B, D, N) in float32 (float64).
+        Output (B, D, L) in the dtype of ``u``; with ``return_last_state`` also the state (B, D, N), float32 (float64).
 
     Raises:
         TypeError: If an argument is no tensor.

@@ -87,7 +87,7 @@ def selective_scan_op(
 
         return selective_scan_forward(*arguments)
 
-    return dispatch.run("selective_scan", backend, u.device, triton_call, lambda: _torch_forward(*arguments))
+    return dispatch.run("selective_scan", backend, u, triton_call, lambda: _torch_forward(*arguments))
 
 
 @selective_scan_op.register_fake
@@ -119,7 +119,7 @@ def selective_scan_backward_op(
 
         return selective_scan_backward(*arguments)
 
-    return dispatch.run("selective_scan", backend, u.device, triton_call, lambda: _torch_backward(*arguments))
+    return dispatch.run("selective_scan", backend, u, triton_call, lambda: _torch_backward(*arguments))
 
 
 @selective_scan_backward_op.register_fake

@@ -1,8 +1,9 @@
 """One-direction selective scan, Triton backward pass.
 
-A program owns a block of channels of one group and a segment of tokens. It walks the segment twice: first in scan order,
-leaving the state that enters every tile; then backwards, recomputing the states of a tile and running the adjoint scan over
-it. Sums over channels and programs are left as partial sums that torch adds in a fixed order: two runs agree bit for bit.
+A program owns a block of channels of one group and a segment of tokens. It walks the segment twice: first in scan
+order, leaving the state that enters every tile; then backwards, recomputing the states of a tile and running the
+adjoint scan over it. Sums over channels and programs are left as partial sums that torch adds in a fixed order: two
+runs agree bit for bit.
 """
 
 import torch
@@ -16,12 +17,51 @@ from .triton_launch import Launch, token_major
 
 
 @triton.jit(do_not_specialize=RUN_TIME_SIZES)
-def selective_scan_bwd_kernel(p_u, p_delta, p_z, p_A, p_B, p_C, p_skip, p_bias, p_state, p_step, p_dout, p_dlast, p_flow,
-                              p_border, p_du, p_ddelta, p_dz, p_dB, p_dC, p_dA, p_dbias, p_dskip, length, channels, n_groups,
-                              n_tiles, n_segments, stride_u_batch, stride_u_token, stride_delta_batch, stride_delta_token,
-                              stride_z_batch, stride_z_token, stride_channel, stride_dout_batch, stride_dout_token,
-                              N: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, SUMMARY: tl.constexpr,
-                              T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
+def selective_scan_bwd_kernel(
+    p_u,
+    p_delta,
+    p_z,
+    p_A,
+    p_B,
+    p_C,
+    p_skip,
+    p_bias,
+    p_state,
+    p_step,
+    p_dout,
+    p_dlast,
+    p_flow,
+    p_border,
+    p_du,
+    p_ddelta,
+    p_dz,
+    p_dB,
+    p_dC,
+    p_dA,
+    p_dbias,
+    p_dskip,
+    length,
+    channels,
+    n_groups,
+    n_tiles,
+    n_segments,
+    stride_u_batch,
+    stride_u_token,
+    stride_delta_batch,
+    stride_delta_token,
+    stride_z_batch,
+    stride_z_token,
+    stride_channel,
+    stride_dout_batch,
+    stride_dout_token,
+    N: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    SUMMARY: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """All gradients, or only the flow that each segment's adjoint scan hands on (B, S, N, D)."""
     i_segment = tl.program_id(1)
     i_batch = tl.program_id(2).to(tl.int64)
@@ -43,32 +83,67 @@ def selective_scan_bwd_kernel(p_u, p_delta, p_z, p_A, p_B, p_C, p_skip, p_bias, 
     p_step += i_batch * n_segments * channels
     p_flow += i_batch * n_segments * N * channels
     p_border += (i_batch * n_segments + i_segment) * n_tiles * N * channels + o_state
-    rate = tl.load(p_A + o_channel[None, :] * N + i_state[:, None], mask=m_state_channel, other=0.0).to(tl.float32) * LOG2_E
+    rate = (
+        tl.load(p_A + o_channel[None, :] * N + i_state[:, None], mask=m_state_channel, other=0.0).to(tl.float32)
+        * LOG2_E
+    )
     bias = load_vector(p_bias, o_channel, m_channel)
     skip = load_vector(p_skip, o_channel, m_channel)
     flow = tl.zeros(rate.shape, tl.float32)
     if not SUMMARY:
-        state = carry_in(p_state, p_step, rate, i_segment, n_segments, o_state, m_state_channel, o_channel, m_channel,
-                         N * channels, channels, not REVERSE)
-        flow = carry_in(p_flow, p_step, rate, i_segment, n_segments, o_state, m_state_channel, o_channel, m_channel,
-                        N * channels, channels, REVERSE)
+        state = carry_in(
+            p_state,
+            p_step,
+            rate,
+            i_segment,
+            n_segments,
+            o_state,
+            m_state_channel,
+            o_channel,
+            m_channel,
+            N * channels,
+            channels,
+            not REVERSE,
+        )
+        flow = carry_in(
+            p_flow,
+            p_step,
+            rate,
+            i_segment,
+            n_segments,
+            o_state,
+            m_state_channel,
+            o_channel,
+            m_channel,
+            N * channels,
+            channels,
+            REVERSE,
+        )
         for i in range(n_tiles):
             o_token = tile_tokens(i, n_tiles, i_segment, REVERSE, T)
             m_token = o_token < length
             m_tile = m_token[:, None] & m_channel[None, :]
             dt = load_step_sizes(p_delta, bias, o_token, m_tile, stride_delta_token, o_row, SOFTPLUS)
             u = load_tile(p_u, o_token, m_tile, stride_u_token, o_row)
-            B = tl.load(p_B + o_weight + o_token[:, None] * stride_weight + i_state[None, :],
-                        mask=m_token[:, None] & m_state[None, :], other=0.0).to(tl.float32)
+            B = tl.load(
+                p_B + o_weight + o_token[:, None] * stride_weight + i_state[None, :],
+                mask=m_token[:, None] & m_state[None, :],
+                other=0.0,
+            ).to(tl.float32)
             tl.store(p_border + i * N * channels, state, mask=m_state_channel)
             _, state = tile_states(dt, u, B, rate, state, i_in_tile)
         tl.debug_barrier()  # the states stored above are read below, perhaps by other threads
         # Loaded again: Triton 3.7 fails to compile when values derived from one load serve two loops.
-        rate = tl.load(p_A + o_channel[None, :] * N + i_state[:, None], mask=m_state_channel, other=0.0).to(tl.float32) * LOG2_E
+        rate = (
+            tl.load(p_A + o_channel[None, :] * N + i_state[:, None], mask=m_state_channel, other=0.0).to(tl.float32)
+            * LOG2_E
+        )
         bias = load_vector(p_bias, o_channel, m_channel)
     if p_dlast is not None:
         m_last = m_state_channel & (i_segment == (0 if REVERSE else n_segments - 1))
-        flow += tl.load(p_dlast + i_batch * channels * N + o_channel[None, :] * N + i_state[:, None], mask=m_last, other=0.0)
+        flow += tl.load(
+            p_dlast + i_batch * channels * N + o_channel[None, :] * N + i_state[:, None], mask=m_last, other=0.0
+        )
     dA = tl.zeros(rate.shape, tl.float32)
     dbias = tl.zeros(bias.shape, tl.float32)
     dskip = tl.zeros(bias.shape, tl.float32)
@@ -117,7 +192,9 @@ def selective_scan_bwd_kernel(p_u, p_delta, p_z, p_A, p_B, p_C, p_skip, p_bias, 
         tl.store(p_dskip + i_partial * channels + o_channel, dskip, mask=m_channel)
 
 
-def selective_scan_backward(dout, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> tuple[Tensor, ...]:
+def selective_scan_backward(
+    dout, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse
+) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias; empty for what is None."""
     launch = Launch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, states_per_warp=2)
     batch, channels, length = u.shape

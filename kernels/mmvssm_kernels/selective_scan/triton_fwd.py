@@ -1,8 +1,8 @@
 """One-direction selective scan, Triton forward pass.
 
 A program owns a block of channels of one group and a segment of tokens, and walks the segment tile by tile. Sequences
-with few rows are cut into several segments; a first launch then leaves each segment's state from zero and its sum of step
-sizes, from which every program of the second launch computes the state that enters it.
+with few rows are cut into several segments; a first launch then leaves each segment's state from zero and its sum of
+step sizes, from which every program of the second launch computes the state that enters it.
 """
 
 import torch
@@ -62,11 +62,39 @@ def channels_of(i_program, channels, n_groups, BLOCK_C: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=RUN_TIME_SIZES)
-def selective_scan_fwd_kernel(p_u, p_delta, p_z, p_A, p_B, p_C, p_skip, p_bias, p_state, p_step, p_y, p_last, length,
-                              channels, n_groups, n_tiles, n_segments, stride_u_batch, stride_u_token, stride_delta_batch,
-                              stride_delta_token, stride_z_batch, stride_z_token, stride_channel, N: tl.constexpr,
-                              SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, SUMMARY: tl.constexpr,
-                              T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
+def selective_scan_fwd_kernel(
+    p_u,
+    p_delta,
+    p_z,
+    p_A,
+    p_B,
+    p_C,
+    p_skip,
+    p_bias,
+    p_state,
+    p_step,
+    p_y,
+    p_last,
+    length,
+    channels,
+    n_groups,
+    n_tiles,
+    n_segments,
+    stride_u_batch,
+    stride_u_token,
+    stride_delta_batch,
+    stride_delta_token,
+    stride_z_batch,
+    stride_z_token,
+    stride_channel,
+    N: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    SUMMARY: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Output (B, L, D) and last state (B, D, N), or only the segments' summaries (B, S, [N,] D)."""
     i_segment = tl.program_id(1)
     i_batch = tl.program_id(2).to(tl.int64)
@@ -82,12 +110,27 @@ def selective_scan_fwd_kernel(p_u, p_delta, p_z, p_A, p_B, p_C, p_skip, p_bias, 
     o_weight = i_batch * length * stride_weight + i_group * N
     p_state += i_batch * n_segments * N * channels
     p_step += i_batch * n_segments * channels
-    rate = tl.load(p_A + o_channel[None, :] * N + i_state[:, None], mask=m_state_channel, other=0.0).to(tl.float32) * LOG2_E
+    rate = (
+        tl.load(p_A + o_channel[None, :] * N + i_state[:, None], mask=m_state_channel, other=0.0).to(tl.float32)
+        * LOG2_E
+    )
     bias = load_vector(p_bias, o_channel, m_channel)
     skip = load_vector(p_skip, o_channel, m_channel)
     if not SUMMARY:
-        state = carry_in(p_state, p_step, rate, i_segment, n_segments, o_state, m_state_channel, o_channel, m_channel,
-                         N * channels, channels, not REVERSE)
+        state = carry_in(
+            p_state,
+            p_step,
+            rate,
+            i_segment,
+            n_segments,
+            o_state,
+            m_state_channel,
+            o_channel,
+            m_channel,
+            N * channels,
+            channels,
+            not REVERSE,
+        )
     else:
         state = tl.zeros(rate.shape, tl.float32)
     steps = tl.zeros(bias.shape, tl.float32)

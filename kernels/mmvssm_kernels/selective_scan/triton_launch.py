@@ -25,7 +25,22 @@ def token_major(tensor: Tensor) -> Tensor:
 class Launch:
     """Everything that forward and backward launches have in common."""
 
-    def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, block_channels=32, tile=16, states_per_warp=4):
+    def __init__(
+        self,
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
+        delta_softplus,
+        reverse,
+        block_channels=32,
+        tile=16,
+        states_per_warp=4,
+    ):
         self.batch, self.channels, length = u.shape
         self.groups, self.state = B.shape[1:3]
         self.rows = [None if t is None else token_major(t) for t in (u, delta, z)]

@@ -36,7 +36,7 @@ def selective_scan_2d_op(
     def torch_call():
         return torch_scan.selective_scan_2d_forward(*arguments).to(out_dtype).contiguous().permute(0, 3, 1, 2)
 
-    return dispatch.run("selective_scan_2d", backend, x.device, triton_call, torch_call)
+    return dispatch.run("selective_scan_2d", backend, x, triton_call, torch_call)
 
 
 @selective_scan_2d_op.register_fake
@@ -68,7 +68,7 @@ def selective_scan_2d_backward_op(
         dx = dx.to(x.dtype).contiguous().permute(0, 3, 1, 2)
         return dx, *(g.to(w.dtype).contiguous() for g, w in zip(dweights, arguments[2:], strict=True))
 
-    return dispatch.run("selective_scan_2d", backend, x.device, triton_call, torch_call)
+    return dispatch.run("selective_scan_2d", backend, x, triton_call, torch_call)
 
 
 @selective_scan_2d_backward_op.register_fake

@@ -24,7 +24,7 @@ def selective_scan_2d_reference(x, x_proj_weight, dt_proj_weight, dt_proj_bias, 
     x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D = (
         t.to(dtype) for t in (x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     )
-    batch, channels, height, width = x.shape
+    channels, height, width = x.shape[1:]
     rank, state = dt_proj_weight.shape[2], A_log.shape[1]
     sequences = cross_scan(x.to(dtype))
     low_rank, B, C = torch.einsum("bkdl,kcd->bkcl", sequences, x_proj_weight).split([rank, state, state], dim=2)

@@ -12,16 +12,43 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_scan import carry_in, tile_states
-from .triton_tile import load_parameters, load_step_sizes, tile_pixels
 from .triton_launch import Launch
+from .triton_tile import load_parameters, load_step_sizes, tile_pixels
 
 
 @triton.jit
-def _walk_segment(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_skip, p_state, p_step, p_y, i_segment, i_batch,
-                  o_channel, m_channel, height, width, channels, rank, n_tiles, n_segments, stride_x_pixel,
-                  stride_x_channel, i_direction, accumulate, N: tl.constexpr, SUMMARY: tl.constexpr,
-                  NARROW: tl.constexpr, T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-                  PRECISION: tl.constexpr):
+def _walk_segment(
+    p_x,
+    p_projected,
+    p_dt_weight,
+    p_dt_bias,
+    p_A_log,
+    p_skip,
+    p_state,
+    p_step,
+    p_y,
+    i_segment,
+    i_batch,
+    o_channel,
+    m_channel,
+    height,
+    width,
+    channels,
+    rank,
+    n_tiles,
+    n_segments,
+    stride_x_pixel,
+    stride_x_channel,
+    i_direction,
+    accumulate,
+    N: tl.constexpr,
+    SUMMARY: tl.constexpr,
+    NARROW: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     is_reverse = i_direction >= 2
     i_in_tile = tl.arange(0, T)
     o_rank = tl.arange(0, BLOCK_R)
@@ -29,16 +56,41 @@ def _walk_segment(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_skip, p_s
     i_state = tl.arange(0, BLOCK_N)
     m_state = i_state < N
     m_state_channel = m_state[:, None] & m_channel[None, :]
-    weight, bias, rate = load_parameters(p_dt_weight, p_dt_bias, p_A_log, o_channel, m_channel, o_rank, m_rank, i_state,
-                                         m_state, channels, rank, i_direction, N)
+    weight, bias, rate = load_parameters(
+        p_dt_weight,
+        p_dt_bias,
+        p_A_log,
+        o_channel,
+        m_channel,
+        o_rank,
+        m_rank,
+        i_state,
+        m_state,
+        channels,
+        rank,
+        i_direction,
+        N,
+    )
     # Summaries are (batch, direction, segment, [state,] channel).
     i_sequence = (i_batch * 4 + i_direction) * n_segments
     o_state = i_state[:, None] * channels + o_channel[None, :]
     p_state += i_sequence * N * channels
     p_step += i_sequence * channels
     if not SUMMARY:
-        state = carry_in(p_state, p_step, rate, i_segment, n_segments, o_state, m_state_channel, o_channel, m_channel,
-                         N * channels, channels, not is_reverse)
+        state = carry_in(
+            p_state,
+            p_step,
+            rate,
+            i_segment,
+            n_segments,
+            o_state,
+            m_state_channel,
+            o_channel,
+            m_channel,
+            N * channels,
+            channels,
+            not is_reverse,
+        )
     else:
         state = tl.zeros(rate.shape, tl.float32)
     if not SUMMARY:
@@ -50,8 +102,9 @@ def _walk_segment(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_skip, p_s
         o_pixel, m_token = tile_pixels(i, n_tiles, i_segment, height, width, i_direction, NARROW, T)
         m_tile = m_token[:, None] & m_channel[None, :]
         dt = load_step_sizes(p_projected, o_pixel, m_token, o_rank, m_rank, weight, bias, stride_projected, PRECISION)
-        u = tl.load(p_x + o_pixel[:, None] * stride_x_pixel + o_channel[None, :] * stride_x_channel, mask=m_tile,
-                    other=0.0).to(tl.float32)
+        u = tl.load(
+            p_x + o_pixel[:, None] * stride_x_pixel + o_channel[None, :] * stride_x_channel, mask=m_tile, other=0.0
+        ).to(tl.float32)
         p_B = p_projected + rank + o_pixel[:, None] * stride_projected + i_state[None, :]
         m_B = m_token[:, None] & m_state[None, :]
         B = tl.load(p_B, mask=m_B, other=0.0).to(tl.float32)  # (T, N)
@@ -70,12 +123,37 @@ def _walk_segment(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_skip, p_s
 
 
 @triton.jit(do_not_specialize=["stride_x_channel", "height", "width", "n_tiles", "n_segments", "first", "count"])
-def selective_scan_2d_fwd_kernel(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_skip, p_state, p_step, p_y, height,
-                                 width, channels, rank, n_tiles, n_segments, stride_x_batch, stride_x_pixel,
-                                 stride_x_channel, first, count, N: tl.constexpr,
-                                 SUMMARY: tl.constexpr, NARROW: tl.constexpr, T: tl.constexpr, BLOCK_C: tl.constexpr,
-                                 BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr):
-    """``count`` directions in the order 0, 2, 1, 3 from ``first`` on; y (B, L, D) float32; or only the segments' summaries."""
+def selective_scan_2d_fwd_kernel(
+    p_x,
+    p_projected,
+    p_dt_weight,
+    p_dt_bias,
+    p_A_log,
+    p_skip,
+    p_state,
+    p_step,
+    p_y,
+    height,
+    width,
+    channels,
+    rank,
+    n_tiles,
+    n_segments,
+    stride_x_batch,
+    stride_x_pixel,
+    stride_x_channel,
+    first,
+    count,
+    N: tl.constexpr,
+    SUMMARY: tl.constexpr,
+    NARROW: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """y (B, L, D) of ``count`` directions in the order 0, 2, 1, 3 from ``first`` on; or the segments' summaries."""
     i_segment = tl.program_id(1)
     i_batch = tl.program_id(2).to(tl.int64)
     o_channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -84,10 +162,38 @@ def selective_scan_2d_fwd_kernel(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_l
     p_y += i_batch * height * width * channels
     for q in range(count):
         tl.debug_barrier()  # rows stored by other threads of this program are read below
-        _walk_segment(p_x, p_projected, p_dt_weight, p_dt_bias, p_A_log, p_skip, p_state, p_step, p_y, i_segment, i_batch,
-                      o_channel, m_channel, height, width, channels, rank, n_tiles, n_segments, stride_x_pixel,
-                      stride_x_channel, first + q // 2 + 2 * (q % 2), q + first > 0, N, SUMMARY, NARROW, T, BLOCK_N,
-                      BLOCK_R, PRECISION)
+        _walk_segment(
+            p_x,
+            p_projected,
+            p_dt_weight,
+            p_dt_bias,
+            p_A_log,
+            p_skip,
+            p_state,
+            p_step,
+            p_y,
+            i_segment,
+            i_batch,
+            o_channel,
+            m_channel,
+            height,
+            width,
+            channels,
+            rank,
+            n_tiles,
+            n_segments,
+            stride_x_pixel,
+            stride_x_channel,
+            first + q // 2 + 2 * (q % 2),
+            q + first > 0,
+            N,
+            SUMMARY,
+            NARROW,
+            T,
+            BLOCK_N,
+            BLOCK_R,
+            PRECISION,
+        )
 
 
 def selective_scan_2d_forward(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, out_dtype) -> Tensor:
@@ -97,9 +203,10 @@ def selective_scan_2d_forward(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_
     arguments = (*launch.tensors, launch.states, launch.steps, y, *launch.sizes)
     if launch.segments > 1:
         selective_scan_2d_fwd_kernel[launch.grid](*arguments, first=0, count=4, SUMMARY=True, **launch.constants)
-    if launch.segments > 1:
         for first in (0, 1):
-            selective_scan_2d_fwd_kernel[launch.grid](*arguments, first=first, count=2, SUMMARY=False, **launch.constants)
+            selective_scan_2d_fwd_kernel[launch.grid](
+                *arguments, first=first, count=2, SUMMARY=False, **launch.constants
+            )
     else:
         selective_scan_2d_fwd_kernel[launch.grid](*arguments, first=0, count=4, SUMMARY=False, **launch.constants)
     return y.to(out_dtype).permute(0, 3, 1, 2)

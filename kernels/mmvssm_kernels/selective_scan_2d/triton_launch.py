@@ -37,14 +37,18 @@ def project(rows: Tensor, weight: Tensor) -> Tensor:
 class Launch:
     """Everything that forward and backward launches have in common."""
 
-    def __init__(self, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, block_channels=32, tile=16, states_per_warp=4):
+    def __init__(
+        self, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, block_channels=32, tile=16, states_per_warp=4
+    ):
         self.x = x = pixel_uniform(x)
         self.batch, self.channels, self.height, self.width = x.shape
         self.rank, self.state = dt_proj_weight.shape[2], A_log.shape[1]
         length = self.height * self.width
         self.flat = x.permute(0, 2, 3, 1).reshape(self.batch, length, self.channels)
         # One matrix product makes the projections of all directions at every pixel: (B, L, 4 (R + 2N)).
-        self.projected = project(self.flat.flatten(0, 1), x_proj_weight.flatten(0, 1)).unflatten(0, (self.batch, length))
+        self.projected = project(self.flat.flatten(0, 1), x_proj_weight.flatten(0, 1)).unflatten(
+            0, (self.batch, length)
+        )
         self.weights = tuple(t.contiguous() for t in (dt_proj_weight, dt_proj_bias, A_log, D))
         self.tensors = (x, self.projected, *self.weights)
         tiles = triton.cdiv(length, tile)
@@ -54,8 +58,17 @@ class Launch:
         self.states = x.new_empty(self.batch, 4, self.segments, self.state, self.channels, dtype=torch.float32)
         self.steps = x.new_empty(self.batch, 4, self.segments, self.channels, dtype=torch.float32)
         self.grid = (triton.cdiv(self.channels, block_channels), self.segments, self.batch)
-        self.sizes = (self.height, self.width, self.channels, self.rank, self.tiles_per_segment, self.segments,
-                      x.stride(0), pixel_stride(x), x.stride(1))
+        self.sizes = (
+            self.height,
+            self.width,
+            self.channels,
+            self.rank,
+            self.tiles_per_segment,
+            self.segments,
+            x.stride(0),
+            pixel_stride(x),
+            x.stride(1),
+        )
         block_state = triton.next_power_of_2(self.state)
         self.constants = dict(
             N=self.state,

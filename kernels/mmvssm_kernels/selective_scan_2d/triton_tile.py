@@ -36,11 +36,26 @@ def tile_pixels(i_tile, n_tiles, i_segment, height, width, i_direction, NARROW: 
 
 
 @triton.jit
-def load_parameters(p_dt_weight, p_dt_bias, p_A_log, o_channel, m_channel, o_rank, m_rank, o_state, m_state, channels,
-                    rank, i_direction, N: tl.constexpr):
+def load_parameters(
+    p_dt_weight,
+    p_dt_bias,
+    p_A_log,
+    o_channel,
+    m_channel,
+    o_rank,
+    m_rank,
+    o_state,
+    m_state,
+    channels,
+    rank,
+    i_direction,
+    N: tl.constexpr,
+):
     """Weight (R, C) and bias (C) of the step sizes, and the rates A log2(e) (N, C) of a direction."""
     o_row = i_direction * channels + o_channel
-    weight = tl.load(p_dt_weight + o_row[None, :] * rank + o_rank[:, None], mask=m_rank[:, None] & m_channel[None, :], other=0.0)
+    weight = tl.load(
+        p_dt_weight + o_row[None, :] * rank + o_rank[:, None], mask=m_rank[:, None] & m_channel[None, :], other=0.0
+    )
     bias = tl.load(p_dt_bias + o_row, mask=m_channel, other=0.0).to(tl.float32)
     m_rate = m_state[:, None] & m_channel[None, :]
     A_log = tl.load(p_A_log + o_row[None, :] * N + o_state[:, None], mask=m_rate, other=0.0).to(tl.float32)
@@ -51,7 +66,10 @@ def load_parameters(p_dt_weight, p_dt_bias, p_A_log, o_channel, m_channel, o_ran
 @triton.jit
 def load_step_sizes(p_low_rank, o_pixel, m_token, o_rank, m_rank, weight, bias, stride_pixel, PRECISION: tl.constexpr):
     """Step sizes (T, C) of a tile, zero for masked tokens, which then change no state."""
-    low_rank = tl.load(p_low_rank + o_pixel[:, None] * stride_pixel + o_rank[None, :],
-                       mask=m_token[:, None] & m_rank[None, :], other=0.0)
+    low_rank = tl.load(
+        p_low_rank + o_pixel[:, None] * stride_pixel + o_rank[None, :],
+        mask=m_token[:, None] & m_rank[None, :],
+        other=0.0,
+    )
     raw = tl.dot(low_rank, weight.to(low_rank.dtype), input_precision=PRECISION) + bias[None, :]
     return tl.where(m_token[:, None], softplus(raw), 0.0)

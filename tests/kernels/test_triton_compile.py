@@ -1,0 +1,29 @@
+"""Every kernel compiles for NVIDIA Ampere and Hopper and AMD CDNA 3, without a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mmvssm_kernels.dispatch import triton_importable
+
+from ..helpers import ROOT
+
+KERNELS = [f"selective_scan{suffix}_{part}_kernel" for suffix in ("", "_2d") for part in ("fwd", "bwd")]
+
+
+@pytest.mark.skipif(not triton_importable(), reason="Triton has no wheels for this platform")
+@pytest.mark.parametrize("target", ["cuda:80 float16", "cuda:90 float16 float32", "hip:gfx942 float16"])
+def test_compile(target, tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.kernels.compile_kernels", *target.split()]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    shared = {}
+    for line in done.stdout.splitlines():
+        name, *_, last = line.split()
+        shared[name] = max(shared.get(name, 0), int(last.removeprefix("shared=")))
+    assert set(shared) == set(KERNELS)
+    assert max(shared.values()) <= 64 * 1024  # what every one of these GPUs has
