@@ -4,6 +4,8 @@ import os
 import sys
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Waiting OpenMP threads must not burn the cores that others need; read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 

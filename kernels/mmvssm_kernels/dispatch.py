@@ -9,7 +9,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -77,6 +77,12 @@ def available_backends(device: torch.device | str) -> tuple[str, ...]:
     return ("torch", "reference")
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Context of every implementation: dtypes are the operator's business, autocast must not change products inside."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
 def run(operator: str, backend: str, tensor: torch.Tensor, triton_call: Callable, torch_call: Callable):
     """Call the implementation of ``operator`` that ``backend`` and the device of ``tensor``, its first input, select.
 
@@ -95,9 +101,8 @@ def run(operator: str, backend: str, tensor: torch.Tensor, triton_call: Callable
         raise ValueError(f"backend 'triton' was asked for, but Triton {have}; use 'auto' or 'torch'")
     automatic = backend == "auto" and available_backends(device)[0] == "triton" and operator not in _broken
     automatic = automatic and tensor.dtype != torch.float64
-    # Dtypes are the operator's own business: autocast must not change those of the products inside.
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with torch.autocast(device.type, enabled=False), current:
+    with without_autocast(device), current:
         return _run(operator, backend, device, automatic, triton_call, torch_call)
 
 

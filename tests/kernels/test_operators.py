@@ -165,12 +165,13 @@ class TestBackendChoice:
         with pytest.raises(ValueError, match="computes in float32"):
             dispatch.run("op", "triton", wide, lambda: "triton", lambda: "torch")
 
-    def test_autocast_does_not_reach_inside(self):
+    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    def test_autocast_does_not_reach_inside(self, backend):
         case = Scan2d(1, 6, 4, 5, 3, 2)
         inputs = [t.requires_grad_() for t in case.inputs(torch.float32)]
-        want = selective_scan_2d(*inputs)
+        want = selective_scan_2d(*inputs, backend=backend)
         with torch.autocast("cpu", torch.bfloat16):
-            got = selective_scan_2d(*inputs)
+            got = selective_scan_2d(*inputs, backend=backend)
             grads = torch.autograd.grad(got.sum(), inputs)
         assert torch.equal(got, want)
         for grad, exact in zip(grads, torch.autograd.grad(want.sum(), inputs), strict=True):

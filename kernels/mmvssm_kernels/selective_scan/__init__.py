@@ -76,7 +76,8 @@ def selective_scan(
         check_tensor("delta_bias", delta_bias, (channels,), u.device)
     backend = dispatch.requested_backend(backend)
     if backend == "reference":
-        y, last = selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+        with dispatch.without_autocast(u.device):
+            y, last = selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
         y = y.to(u.dtype)
     elif batch == 0:
         y, last = u.clone(), A.new_zeros(0, channels, state)

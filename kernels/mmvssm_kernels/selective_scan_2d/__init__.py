@@ -67,7 +67,8 @@ def selective_scan_2d(
     backend = dispatch.requested_backend(backend)
     weights = (x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     if backend == "reference":
-        return selective_scan_2d_reference(x, *weights).to(out_dtype)
+        with dispatch.without_autocast(x.device):
+            return selective_scan_2d_reference(x, *weights).to(out_dtype)
     if batch == 0:
         return x.to(out_dtype, copy=True)
     return selective_scan_2d_op(x, *weights, out_dtype, backend)

@@ -7,7 +7,7 @@ from .downsample import ConvDownsample, PatchMerging
 from .drop_path import DropPath, drop_path_rates
 from .mlp import Mlp
 from .patch_embed import ConvPatchEmbed, PatchEmbed
-from .precision import autocast_enabled, without_autocast
+from .precision import autocast_enabled
 
 __all__ = [
     "ConvDownsample",
@@ -21,5 +21,4 @@ __all__ = [
     "conv_channel_last",
     "drop_path_rates",
     "run_block",
-    "without_autocast",
 ]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from mmvssm_kernels import selective_scan_2d
 
-from ..layers import autocast_enabled, build_activation, conv_channel_last, without_autocast
+from ..layers import autocast_enabled, build_activation, conv_channel_last
 from .ssm_init import init_A_log_, init_D_, init_dt_proj_, init_x_proj_
 
 DIRECTIONS = 4  # row-major, column-major, and both reversed
@@ -135,9 +135,7 @@ class SS2D(BaseModule):
         """(B, H, W, D) to the sum of the four directions, same shape, float32; both permutes are views."""
         if self.fp32_core:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        # The dtype is settled; autocast must not reach the matrix products inside the operator.
-        with without_autocast(x.device):
-            y = selective_scan_2d(
-                x.permute(0, 3, 1, 2), self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, self.A_log, self.D
-            )
+        y = selective_scan_2d(
+            x.permute(0, 3, 1, 2), self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, self.A_log, self.D
+        )
         return y.permute(0, 2, 3, 1)
