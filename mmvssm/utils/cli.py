@@ -13,7 +13,8 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-TASKS = {"mmpretrain": "classification", "mmdet": "detection", "mmseg": "segmentation"}
+from mmvssm.apis.zoo import TASKS
+
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 # Top-level names that MMEngine's runner or one of the libraries' tools reads although a config may not hold them.
 _EXTRA_KEYS = {

@@ -172,8 +172,11 @@ class TestBackendChoice:
         want = selective_scan_2d(*inputs, backend=backend)
         with torch.autocast("cpu", torch.bfloat16):
             got = selective_scan_2d(*inputs, backend=backend)
-            grads = torch.autograd.grad(got.sum(), inputs)
+            if backend == "torch":  # the reference is differentiated by autograd, which autocast does concern
+                grads = torch.autograd.grad(got.sum(), inputs)
         assert torch.equal(got, want)
+        if backend == "reference":
+            grads = torch.autograd.grad(got.sum(), inputs)
         for grad, exact in zip(grads, torch.autograd.grad(want.sum(), inputs), strict=True):
             assert torch.equal(grad, exact)
 

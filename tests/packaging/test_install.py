@@ -5,7 +5,6 @@ import importlib.util
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -74,8 +73,7 @@ def sdist(source, tmp_path_factory):
 def wheel(sdist, tmp_path_factory):
     """Built from the source distribution, which therefore has to be complete."""
     unpacked = tmp_path_factory.mktemp("unpacked")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(unpacked, filter="data")
+    shutil.unpack_archive(sdist, unpacked)
     return build("wheel", next(unpacked.iterdir()), tmp_path_factory.mktemp("wheel"))
 
 
