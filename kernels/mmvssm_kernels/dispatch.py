@@ -20,6 +20,8 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 _contexts: list[str] = []
 # Operators whose kernels could not be compiled in this process; served by torch from then on.
 _broken: set[str] = set()
+# The batch is the third axis of the launch grid.
+_MAX_BATCH = 65535
 
 
 def _checked(name: str, origin: str) -> str:
@@ -77,6 +79,19 @@ def available_backends(device: torch.device | str) -> tuple[str, ...]:
     return ("torch", "reference")
 
 
+def _obstacle(tensor: torch.Tensor) -> str | None:
+    """Why the Triton kernels cannot serve this first input of an operator; None if they can."""
+    if not triton_importable():
+        return "Triton is not installed"
+    if "triton" not in available_backends(tensor.device):
+        return f"Triton cannot serve tensors on {tensor.device}"
+    if tensor.dtype == torch.float64:
+        return "the kernels compute in float32, not float64"
+    if tensor.shape[0] > _MAX_BATCH:
+        return f"the kernels take batches of at most {_MAX_BATCH}, not {tensor.shape[0]}"
+    return None
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Context of every implementation: dtypes are the operator's business, autocast must not change products inside."""
     available = torch.amp.is_autocast_available(device.type)
@@ -86,21 +101,15 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 def run(operator: str, backend: str, tensor: torch.Tensor, triton_call: Callable, torch_call: Callable):
     """Call the implementation of ``operator`` that ``backend`` and the device of ``tensor``, its first input, select.
 
-    The kernels compute in float32, so float64 inputs are served by torch.
-
-    With ``auto``, a kernel that this GPU and Triton version cannot compile is announced once and replaced by torch;
-    with an explicit ``triton`` the error is raised.
+    With ``auto``, torch serves what the kernels cannot, float64 for one, and takes over, with one notice, from a kernel
+    that this GPU and Triton version cannot compile. With an explicit ``triton`` both are errors.
     """
     device = tensor.device
-    if backend == "triton" and tensor.dtype == torch.float64:
-        raise ValueError(
-            "backend 'triton' was asked for, but it computes in float32; use 'auto' or 'torch' for float64"
-        )
-    if backend == "triton" and "triton" not in available_backends(device):
-        have = "is not installed" if not triton_importable() else f"cannot serve tensors on {device}"
-        raise ValueError(f"backend 'triton' was asked for, but Triton {have}; use 'auto' or 'torch'")
-    automatic = backend == "auto" and available_backends(device)[0] == "triton" and operator not in _broken
-    automatic = automatic and tensor.dtype != torch.float64
+    obstacle = _obstacle(tensor)
+    if backend == "triton" and obstacle is not None:
+        raise ValueError(f"backend 'triton' was asked for, but {obstacle}; use 'auto' or 'torch'")
+    preferred = available_backends(device)[0] == "triton" and operator not in _broken
+    automatic = backend == "auto" and preferred and obstacle is None
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with without_autocast(device), current:
         return _run(operator, backend, device, automatic, triton_call, torch_call)

@@ -155,15 +155,22 @@ class TestBackendChoice:
         with pytest.raises(ValueError, match="Triton"):
             selective_scan_2d(*Scan2d(1, 6, 4, 5, 3, 2).inputs(torch.float32), backend="triton")
 
-    def test_float64_is_not_left_to_kernels_in_float32(self, monkeypatch):
+    @pytest.mark.parametrize(
+        ("tensor", "sentence"),
+        [
+            (torch.zeros(1, dtype=torch.float64), "the kernels compute in float32, not float64"),
+            (torch.zeros(1).expand(65536), "batches of at most 65535, not 65536"),
+        ],
+    )
+    def test_torch_serves_what_the_kernels_cannot(self, monkeypatch, tensor, sentence):
         from mmvssm_kernels import dispatch
 
         monkeypatch.setattr(dispatch, "available_backends", lambda device: ("triton", "torch"))
-        wide = torch.zeros(1, dtype=torch.float64)
-        assert dispatch.run("op", "auto", wide, lambda: "triton", lambda: "torch") == "torch"
-        assert dispatch.run("op", "auto", wide.float(), lambda: "triton", lambda: "torch") == "triton"
-        with pytest.raises(ValueError, match="computes in float32"):
-            dispatch.run("op", "triton", wide, lambda: "triton", lambda: "torch")
+        monkeypatch.setattr(dispatch, "triton_importable", lambda: True)
+        assert dispatch.run("op", "auto", tensor, lambda: "triton", lambda: "torch") == "torch"
+        assert dispatch.run("op", "auto", torch.zeros(65535), lambda: "triton", lambda: "torch") == "triton"
+        with pytest.raises(ValueError, match=sentence):
+            dispatch.run("op", "triton", tensor, lambda: "triton", lambda: "torch")
 
     @pytest.mark.parametrize("backend", ["torch", "reference"])
     def test_autocast_does_not_reach_inside(self, backend):
@@ -184,6 +191,7 @@ class TestBackendChoice:
         from mmvssm_kernels import dispatch
 
         monkeypatch.setattr(dispatch, "available_backends", lambda device: ("triton", "torch"))
+        monkeypatch.setattr(dispatch, "triton_importable", lambda: True)
         monkeypatch.setattr(dispatch, "_broken", set())
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "test GPU")
 
