@@ -7,10 +7,7 @@ import torch
 
 from mmvssm.models import VMamba
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 SMALL = {
     "v2": dict(embed_dims=32, depths=(1, 1, 2, 1)),

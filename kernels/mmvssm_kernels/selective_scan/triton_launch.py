@@ -43,10 +43,10 @@ class Launch:
     ):
         self.batch, self.channels, length = u.shape
         self.groups, self.state = B.shape[1:3]
-        self.rows = [None if t is None else token_major(t) for t in (u, delta, z)]
+        rows = [None if t is None else token_major(t) for t in (u, delta, z)]
         weights = [t.permute(0, 3, 1, 2).contiguous() for t in (B, C)]  # (B, L, G, N)
         vectors = [None if t is None else t.contiguous() for t in (D, delta_bias)]
-        self.tensors = (*self.rows, A.contiguous(), *weights, *vectors)
+        self.tensors = (*rows, A.contiguous(), *weights, *vectors)
         group_channels = self.channels // self.groups
         self.blocks = triton.cdiv(group_channels, block_channels)
         tiles = triton.cdiv(length, tile)
@@ -55,7 +55,7 @@ class Launch:
         self.grid = (self.groups * self.blocks, self.segments, self.batch)
         self.states = u.new_empty(self.batch, self.segments, self.state, self.channels, dtype=torch.float32)
         self.steps = u.new_empty(self.batch, self.segments, self.channels, dtype=torch.float32)
-        strides = [0 if t is None else t.stride(axis) for t in self.rows for axis in (0, 2)]
+        strides = [0 if t is None else t.stride(axis) for t in rows for axis in (0, 2)]
         self.sizes = (length, self.channels, self.groups, self.tiles_per_segment, self.segments, *strides, 1)
         block_state = triton.next_power_of_2(self.state)
         self.constants = dict(

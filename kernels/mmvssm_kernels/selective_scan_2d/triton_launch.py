@@ -40,7 +40,7 @@ class Launch:
     def __init__(
         self, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, block_channels=32, tile=16, states_per_warp=4
     ):
-        self.x = x = pixel_uniform(x)
+        x = pixel_uniform(x)
         self.batch, self.channels, self.height, self.width = x.shape
         self.rank, self.state = dt_proj_weight.shape[2], A_log.shape[1]
         length = self.height * self.width
@@ -49,8 +49,8 @@ class Launch:
         self.projected = project(self.flat.flatten(0, 1), x_proj_weight.flatten(0, 1)).unflatten(
             0, (self.batch, length)
         )
-        self.weights = tuple(t.contiguous() for t in (dt_proj_weight, dt_proj_bias, A_log, D))
-        self.tensors = (x, self.projected, *self.weights)
+        weights = (t.contiguous() for t in (dt_proj_weight, dt_proj_bias, A_log, D))
+        self.tensors = (x, self.projected, *weights)
         tiles = triton.cdiv(length, tile)
         programs = self.batch * triton.cdiv(self.channels, block_channels)
         self.tiles_per_segment = segment_tiles(tiles, programs)
