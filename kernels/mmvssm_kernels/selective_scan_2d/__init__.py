@@ -71,4 +71,4 @@ def selective_scan_2d(
             return selective_scan_2d_reference(x, *weights).to(out_dtype)
     if batch == 0:
         return x.to(out_dtype, copy=True)
-    return selective_scan_2d_op(x, *weights, out_dtype, backend)
+    return selective_scan_2d_op(x, *weights, out_dtype, backend)[0]

@@ -6,12 +6,19 @@ from torch import Tensor
 from .. import dispatch
 from ..flops import BACKWARD_FACTOR, flop_formula, projection_flops, scan_flops
 from . import torch_scan
+from .segments import count_segments
 
 
 def _channel_last_empty(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Uninitialised (B, D, H, W) tensor in channel-last memory."""
     batch, channels, height, width = x.shape
     return x.new_empty(batch, height, width, channels, dtype=dtype).permute(0, 3, 1, 2)
+
+
+def _entering_states(x: Tensor, A_log: Tensor) -> Tensor:
+    batch, channels, height, width = x.shape
+    segments = count_segments(height, width, A_log.shape[1])
+    return x.new_empty(batch, 4, segments, A_log.shape[1], channels, dtype=torch.float32)
 
 
 @torch.library.custom_op("mmvssm::selective_scan_2d", mutates_args=())
@@ -24,8 +31,12 @@ def selective_scan_2d_op(
     D: Tensor,
     out_dtype: torch.dtype,
     backend: str,
-) -> Tensor:
-    """Sum of the four directions (B, D, H, W) in ``out_dtype``, channel-last memory; the caller checks arguments."""
+) -> tuple[Tensor, Tensor]:
+    """Sum of the four directions (B, D, H, W) in ``out_dtype``, channel-last memory; the caller checks arguments.
+
+    The second tensor (B, 4, segments, N, D) holds the states that enter the segments: what the Triton backend hands to
+    its backward pass. Other backends leave it uninitialised.
+    """
     arguments = (x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
 
     def triton_call():
@@ -34,19 +45,21 @@ def selective_scan_2d_op(
         return selective_scan_2d_forward(*arguments, out_dtype)
 
     def torch_call():
-        return torch_scan.selective_scan_2d_forward(*arguments).to(out_dtype).contiguous().permute(0, 3, 1, 2)
+        y = torch_scan.selective_scan_2d_forward(*arguments).to(out_dtype).contiguous().permute(0, 3, 1, 2)
+        return y, _entering_states(x, A_log)
 
     return dispatch.run("selective_scan_2d", backend, x, triton_call, torch_call)
 
 
 @selective_scan_2d_op.register_fake
 def _(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, out_dtype, backend):
-    return _channel_last_empty(x, out_dtype)
+    return _channel_last_empty(x, out_dtype), _entering_states(x, A_log)
 
 
 @torch.library.custom_op("mmvssm::selective_scan_2d_backward", mutates_args=())
 def selective_scan_2d_backward_op(
     dy: Tensor,
+    entering: Tensor,
     x: Tensor,
     x_proj_weight: Tensor,
     dt_proj_weight: Tensor,
@@ -56,23 +69,23 @@ def selective_scan_2d_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (channel-last memory) and of the five parameters."""
-    arguments = (dy, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    arguments = (x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
 
     def triton_call():
         from .triton_bwd import selective_scan_2d_backward
 
-        return selective_scan_2d_backward(*arguments)
+        return selective_scan_2d_backward(dy, entering, *arguments)
 
     def torch_call():
-        dx, *dweights = torch_scan.selective_scan_2d_backward(*arguments)
+        dx, *dweights = torch_scan.selective_scan_2d_backward(dy, *arguments)
         dx = dx.to(x.dtype).contiguous().permute(0, 3, 1, 2)
-        return dx, *(g.to(w.dtype).contiguous() for g, w in zip(dweights, arguments[2:], strict=True))
+        return dx, *(g.to(w.dtype).contiguous() for g, w in zip(dweights, arguments[1:], strict=True))
 
     return dispatch.run("selective_scan_2d", backend, x, triton_call, torch_call)
 
 
 @selective_scan_2d_backward_op.register_fake
-def _(dy, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, backend):
+def _(dy, entering, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, backend):
     weights = (x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     return _channel_last_empty(x, x.dtype), *(
         torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights
@@ -81,10 +94,11 @@ def _(dy, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, backend):
 
 def _setup_context(ctx, inputs, output):
     *tensors, _, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy):
+def _backward(ctx, dy, _):
     return (*torch.ops.mmvssm.selective_scan_2d_backward(dy, *ctx.saved_tensors, ctx.backend), None, None)
 
 
@@ -99,5 +113,5 @@ def _flops(x_shape, x_proj_shape, dt_proj_shape, dt_bias_shape, A_shape, *args, 
 
 
 @flop_formula("selective_scan_2d_backward")
-def _backward_flops(dy_shape, *shapes, out_shape=None, **kwargs) -> int:
+def _backward_flops(dy_shape, entering_shape, *shapes, out_shape=None, **kwargs) -> int:
     return BACKWARD_FACTOR * _flops(*shapes)

@@ -4,18 +4,25 @@ import torch
 import triton
 from torch import Tensor
 
-from ..selective_scan.triton_launch import segment_tiles
+from .segments import TILE_TOKENS, count_segments, segment_tiles
+from .triton_states import selective_scan_2d_carry_kernel, selective_scan_2d_states_kernel
+
+# Tokens, sequences and channels of a tile, and the channels of a lane: 32 lanes of 4 channels by 4 tokens.
+TILE = {"T": TILE_TOKENS, "Q": 4, "C": 32, "V": 4}
 
 
 def pixel_uniform(x: Tensor) -> Tensor:
-    """``x`` (B, D, H, W), copied to channel-last memory unless one stride leads from each pixel to the next."""
+    """``x`` (B, D, H, W), copied unless its channels are adjacent and one stride leads from each pixel to the next."""
     height, width = x.shape[2:]
     uniform = width == 1 or height == 1 or x.stride(2) == width * x.stride(3)
-    return x if uniform else x.contiguous(memory_format=torch.channels_last)
+    adjacent = x.shape[1] == 1 or x.stride(1) == 1
+    return x if uniform and adjacent else x.contiguous(memory_format=torch.channels_last)
 
 
 def pixel_stride(x: Tensor) -> int:
     """Elements from one pixel to the next of a map that :func:`pixel_uniform` returned."""
+    if x.shape[2] == x.shape[3] == 1:
+        return x.shape[1]
     return x.stride(3) if x.shape[3] > 1 else x.stride(2)
 
 
@@ -37,46 +44,77 @@ def project(rows: Tensor, weight: Tensor) -> Tensor:
 class Launch:
     """Everything that forward and backward launches have in common."""
 
-    def __init__(
-        self, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, block_channels=32, tile=16, states_per_warp=4
-    ):
-        x = pixel_uniform(x)
+    def __init__(self, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D):
+        self.x = x = pixel_uniform(x)
         self.batch, self.channels, self.height, self.width = x.shape
         self.rank, self.state = dt_proj_weight.shape[2], A_log.shape[1]
-        length = self.height * self.width
-        self.flat = x.permute(0, 2, 3, 1).reshape(self.batch, length, self.channels)
+        self.flat = x.permute(0, 2, 3, 1).reshape(-1, self.channels)
         # One matrix product makes the projections of all directions at every pixel: (B, L, 4 (R + 2N)).
-        self.projected = project(self.flat.flatten(0, 1), x_proj_weight.flatten(0, 1)).unflatten(
-            0, (self.batch, length)
-        )
-        weights = (t.contiguous() for t in (dt_proj_weight, dt_proj_bias, A_log, D))
-        self.tensors = (x, self.projected, *weights)
-        tiles = triton.cdiv(length, tile)
-        programs = self.batch * triton.cdiv(self.channels, block_channels)
-        self.tiles_per_segment = segment_tiles(tiles, programs)
-        self.segments = triton.cdiv(tiles, self.tiles_per_segment)
-        self.states = x.new_empty(self.batch, 4, self.segments, self.state, self.channels, dtype=torch.float32)
-        self.steps = x.new_empty(self.batch, 4, self.segments, self.channels, dtype=torch.float32)
-        self.grid = (triton.cdiv(self.channels, block_channels), self.segments, self.batch)
-        self.sizes = (
-            self.height,
-            self.width,
-            self.channels,
-            self.rank,
-            self.tiles_per_segment,
-            self.segments,
-            x.stride(0),
-            pixel_stride(x),
-            x.stride(1),
-        )
-        block_state = triton.next_power_of_2(self.state)
+        self.projected = project(self.flat, x_proj_weight.flatten(0, 1))
+        self.step_weights = (dt_proj_weight.contiguous(), dt_proj_bias.contiguous())
+        self.skip = D.contiguous()
+        # Rates exp(A_log) as (4, N, D): neighbouring lanes hold neighbouring channels.
+        self.rates = A_log.float().exp().view(4, self.channels, self.state).transpose(1, 2).contiguous()
+
+        t, q, c = TILE["T"], TILE["Q"], TILE["C"]
+        self.blocks = triton.cdiv(self.channels, c)
+        self.segments = count_segments(self.height, self.width, self.state)
+        rows, columns = self.height * triton.cdiv(self.width, t), self.width * triton.cdiv(self.height, t)
+        # The only segment of a short sequence is no longer than it.
+        self.tiles = segment_tiles(self.state) if self.segments > 1 else max(rows, columns)
+        self.sequences = self.batch * self.segments
+        self.groups = triton.cdiv(self.sequences, q)
+        self.grid = (self.blocks * self.groups,)
+        self.sizes = (self.batch, self.height, self.width, self.tiles, self.segments)
+        full = self.height % t == self.width % t == self.channels % c == self.sequences % q == 0
+        full &= self.segments * self.tiles == rows == columns
+        # Programs of one launch may not meet in a pixel: with several segments, rows and columns are two launches.
+        self.pairs = ((0, 4),) if self.segments == 1 else ((0, 2), (2, 2))
         self.constants = dict(
+            D=self.channels,
+            R=self.rank,
             N=self.state,
-            NARROW=min(self.height, self.width) < tile,
-            T=tile,
-            BLOCK_C=block_channels,
-            BLOCK_N=block_state,
-            BLOCK_R=max(16, triton.next_power_of_2(self.rank)),
+            FULL=full,
+            **TILE,
+            BLOCK_R=max(16, triton.next_power_of_2(self.rank + 1)),
             PRECISION="ieee" if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32",
-            num_warps=max(1, min(8, block_state // states_per_warp)),
+            num_warps=1,
+            num_stages=1,
         )
+
+    def walk_states(self) -> Tensor:
+        """Uninitialised memory for the states between two tiles of every walk."""
+        return self.x.new_empty(self.sequences, self.state, self.channels, dtype=torch.float32)
+
+    def entering_states(self, rows: Tensor, adjoint: bool) -> Tensor:
+        """States (B, 4, segments, N, D) that enter the segments, or adjoint flows; unread if there is one segment.
+
+        ``rows`` is x or, for the adjoint, the gradient of y, as (B, D, H, W) in channel-last memory.
+        """
+        shape = (self.batch, 4, self.segments, self.state, self.channels)
+        entering = rows.new_empty(shape, dtype=torch.float32)
+        if self.segments == 1:
+            return entering
+        states = torch.empty_like(entering)
+        steps = rows.new_empty(self.batch, 4, self.segments, self.channels, dtype=torch.float32)
+        selective_scan_2d_states_kernel[(*self.grid, 4)](
+            rows,
+            self.projected,
+            *self.step_weights,
+            self.rates,
+            states,
+            steps,
+            *self.sizes,
+            rows.stride(0),
+            pixel_stride(rows),
+            ADJOINT=adjoint,
+            **self.constants,
+        )
+        parts = min(32, triton.next_power_of_2(triton.cdiv(self.segments, 16)))
+        block = 32
+        grid = (self.batch * 4 * self.state * triton.cdiv(self.channels, block),)
+        sizes = (self.segments, triton.cdiv(self.segments, parts), self.channels, self.state, adjoint)
+        selective_scan_2d_carry_kernel[grid](
+            states, steps, entering, self.rates, *sizes, P=parts, S=8, C=block, num_warps=max(1, parts // 8)
+        )
+        return entering

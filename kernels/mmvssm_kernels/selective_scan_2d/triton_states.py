@@ -1,0 +1,205 @@
+"""States at the borders of segments, so that segments can be walked in parallel.
+
+1. :func:`selective_scan_2d_states_kernel` walks every segment of every direction from a zero state and leaves the
+   state it ends with and the sum of its step sizes; for the adjoint scan it does the same in the opposite order.
+2. :func:`selective_scan_2d_carry_kernel` turns them into the states that enter the segments.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_tile import (
+    LN_2,
+    chain,
+    direction_geometry,
+    load_low_rank,
+    load_step_weights,
+    next_tile,
+    raw_steps,
+    scan_states,
+    softplus_log2,
+    tile_pointers,
+    tile_tokens,
+)
+
+
+@triton.jit(do_not_specialize=["batch", "height", "width", "n_tiles", "n_segments"])
+def selective_scan_2d_states_kernel(
+    p_rows,
+    p_projected,
+    p_dt_weight,
+    p_dt_bias,
+    p_rate,
+    p_state,
+    p_steps,
+    batch,
+    height,
+    width,
+    n_tiles,
+    n_segments,
+    stride_batch,
+    stride_pixel: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    FULL: tl.constexpr,
+    T: tl.constexpr,
+    Q: tl.constexpr,
+    C: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Local end states (batch, 4, segments, N, D) and sums of step sizes (batch, 4, segments, D).
+
+    ``p_rows`` is x, or for ``ADJOINT`` the gradient of y; the adjoint flow obeys F[t-1] = a[t] (F[t] + C[t] dy[t]).
+    """
+    K: tl.constexpr = R + 2 * N
+    N_BLOCKS: tl.constexpr = (D + C - 1) // C
+    o_channel = tl.program_id(0) % N_BLOCKS * C + tl.arange(0, C)
+    m_channel = o_channel < D
+    i_direction = tl.program_id(1)
+    i_sequence = tl.program_id(0) // N_BLOCKS * Q + tl.arange(0, Q)
+    m_sequence = i_sequence < batch * n_segments
+    i_batch = (i_sequence // n_segments).to(tl.int64)
+    i_segment = i_sequence % n_segments
+
+    # Adjoint scans run against the direction.
+    is_reverse = (i_direction >= 2) != ADJOINT
+    n_outer, n_inner, n_tiles_inner, stride_outer, stride_inner = direction_geometry(
+        i_direction % 2 == 1, height, width, T
+    )
+    weight, bias = load_step_weights(p_dt_weight, p_dt_bias, o_channel, m_channel, i_direction, D, R, BLOCK_R)
+    p_rows += i_batch * stride_batch
+    p_projected += i_batch * height * width * (4 * K) + i_direction * K
+    o_summary = (i_batch * 4 + i_direction) * n_segments + i_segment
+    p_state += o_summary[:, None] * (N * D) + o_channel[None, :]
+    p_rate += i_direction * (N * D) + o_channel
+    m_state = m_sequence[:, None] & m_channel[None, :]
+
+    i_tile = i_segment * n_tiles + tl.where(is_reverse, n_tiles - 1, 0)
+    i_outer, i_inner = i_tile // n_tiles_inner, i_tile % n_tiles_inner
+    steps = tl.zeros((Q, C), tl.float32)
+    # One state stays in registers; several are kept in memory between tiles.
+    rate = tl.load(p_rate, mask=m_channel, other=0.0)
+    state = tl.zeros((Q, C), tl.float32)
+    step = tl.where(is_reverse, -1, 1)
+    o_pixel, m_token = tile_tokens(
+        i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T, FULL
+    )
+    low_rank = load_low_rank(p_projected, o_pixel, m_token, 4 * K, R, BLOCK_R)
+    m_tile = m_token[:, :, None] & m_channel[None, None, :]
+    rows = tl.load(tile_pointers(p_rows, o_pixel, o_channel, stride_pixel, V), mask=m_tile, other=0.0)
+    for j in range(n_tiles):
+        raw = raw_steps(low_rank, weight, bias, T, PRECISION)
+        p_weight = p_projected[None, :] + o_pixel * (4 * K) + (R + N * ADJOINT)
+        b_weight = tl.load(p_weight, mask=m_token, other=0.0)
+        # The next tile's inputs are fetched before this one is computed. They come after the matrix product, since
+        # Triton gives a conflict of layouts to the later of the two, and scans want the layout of the loads.
+        i_outer, i_inner = next_tile(i_outer, i_inner, n_tiles_inner, tl.where(j + 1 < n_tiles, step, 0))
+        o_pixel, m_next = tile_tokens(
+            i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T, FULL
+        )
+        low_rank = load_low_rank(p_projected, o_pixel, m_next, 4 * K, R, BLOCK_R)
+        m_tile = m_next[:, :, None] & m_channel[None, None, :]
+        rows_next = tl.load(tile_pointers(p_rows, o_pixel, o_channel, stride_pixel, V), mask=m_tile, other=0.0)
+        v = softplus_log2(raw)
+        if not FULL:
+            v = tl.where(m_token[:, :, None], v, 0.0)
+        rows = rows.to(tl.float32)
+        steps += tl.sum(v, axis=0)
+        if not ADJOINT:
+            rows *= v
+        for n in range(N):
+            if N > 1:
+                rate = tl.load(p_rate + n * D, mask=m_channel, other=0.0)
+                state = tl.load(p_state + n * D, mask=m_state & (j > 0), other=0.0)
+                b_weight = tl.load(p_weight + n, mask=m_token, other=0.0)
+            decay = tl.exp2(v * -rate[None, None, :])
+            value = decay * (rows * b_weight[:, :, None]) if ADJOINT else rows * (b_weight * LN_2)[:, :, None]
+            _, state = scan_states(decay, value, state)
+            if N > 1:
+                tl.store(p_state + n * D, state, mask=m_state)
+        m_token, rows = m_next, rows_next
+    if N == 1:
+        tl.store(p_state, state, mask=m_state)
+    tl.store(p_steps + o_summary[:, None] * D + o_channel[None, :], steps, mask=m_state)
+
+
+@triton.jit
+def _load_part(
+    p_state, p_steps, i_part, i_first, n_part, n_segments, o_channel, m_channel, is_reverse, stride, D, S: tl.constexpr
+):
+    """Segments (S, P, C) ``i_first`` on of every part, in scan order: end states, sums of steps, numbers, mask."""
+    i_inside = i_first + tl.arange(0, S)
+    i_order = i_part[None, :] * n_part + i_inside[:, None]
+    m_order = (i_inside < n_part)[:, None] & (i_order >= 0) & (i_order < n_segments)
+    i_segment = tl.where(is_reverse, n_segments - 1 - i_order, i_order)
+    mask = m_order[:, :, None] & m_channel[None, None, :]
+    # As for tiles, the hints keep the scanned axis in the registers of a lane.
+    p_local = p_state + i_segment[:, :, None] * stride + o_channel[None, None, :]
+    p_step = p_steps + i_segment[:, :, None] * D + o_channel[None, None, :]
+    local = tl.load(tl.max_contiguous(p_local, [1, 2, 4]), mask=mask, other=0.0)
+    steps = tl.load(tl.max_contiguous(p_step, [1, 2, 4]), mask=mask, other=0.0)
+    return local, steps, i_order, mask
+
+
+@triton.jit(do_not_specialize=["n_segments", "n_part"])
+def selective_scan_2d_carry_kernel(
+    p_state,
+    p_steps,
+    p_entering,
+    p_rate,
+    n_segments,
+    n_part,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    P: tl.constexpr,
+    S: tl.constexpr,
+    C: tl.constexpr,
+):
+    """States that enter the segments, from those they end with on their own; both (batch, 4, segments, N, D).
+
+    The segments are scanned in P parts of ``n_part``: first each part up to the next one, then the parts, then again
+    inside each part.
+    """
+    N_BLOCKS: tl.constexpr = (D + C - 1) // C
+    i_sequence = (tl.program_id(0) // (N_BLOCKS * N)).to(tl.int64)
+    i_state = tl.program_id(0) // N_BLOCKS % N
+    o_channel = tl.program_id(0) % N_BLOCKS * C + tl.arange(0, C)
+    m_channel = o_channel < D
+    i_direction = i_sequence % 4
+    is_reverse = (i_direction >= 2) != ADJOINT
+    rate = tl.load(p_rate + (i_direction * N + i_state) * D + o_channel, mask=m_channel, other=0.0)
+    p_state += i_sequence * n_segments * (N * D) + i_state * D
+    p_entering += i_sequence * n_segments * (N * D) + i_state * D
+    p_steps += i_sequence * n_segments * D
+    i_part = tl.arange(0, P)
+
+    # Each part looks at the one before it, so that the scan over parts gives what enters, not what leaves.
+    state = tl.zeros((P, C), tl.float32)
+    total = tl.zeros((P, C), tl.float32)
+    for i_first in range(0, n_part, S):
+        local, steps, _, _ = _load_part(
+            p_state, p_steps, i_part - 1, i_first, n_part, n_segments, o_channel, m_channel, is_reverse, N * D, D, S
+        )
+        _, state = scan_states(tl.exp2(steps * -rate[None, None, :]), local, state)
+        total += tl.sum(steps, axis=0)
+    _, state = tl.associative_scan((tl.exp2(total * -rate[None, :]), state), 0, chain)
+    i_start = i_part * n_part
+    i_segment = tl.where(is_reverse, n_segments - 1 - i_start, i_start)
+    m_part = (i_start < n_segments)[:, None] & m_channel[None, :]
+    tl.store(p_entering + i_segment[:, None] * (N * D) + o_channel[None, :], state, mask=m_part)
+
+    for i_first in range(0, n_part, S):
+        local, steps, i_order, mask = _load_part(
+            p_state, p_steps, i_part, i_first, n_part, n_segments, o_channel, m_channel, is_reverse, N * D, D, S
+        )
+        leaving, state = scan_states(tl.exp2(steps * -rate[None, None, :]), local, state)
+        # What leaves a segment enters the next one; the first of a part has been written above.
+        i_next = tl.where(is_reverse, n_segments - 2 - i_order, i_order + 1)
+        m_next = (i_first + tl.arange(0, S) + 1 < n_part)[:, None] & (i_order + 1 < n_segments)
+        p_next = p_entering + i_next[:, :, None] * (N * D) + o_channel[None, None, :]
+        tl.store(tl.max_contiguous(p_next, [1, 2, 4]), leaving, mask=mask & m_next[:, :, None])
