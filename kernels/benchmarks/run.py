@@ -12,14 +12,37 @@ import platform
 import sys
 import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from mmvssm_kernels import selective_scan_2d
-from mmvssm_kernels.testing import Scan2d, check_operator
+from mmvssm_kernels import causal_conv1d, locality_gate, selective_scan_2d, swiglu
+from mmvssm_kernels.testing import (
+    AddNorm,
+    BidirectionalGla,
+    BidirectionalScan,
+    Conv1d,
+    Gate,
+    Scan2d,
+    SwiGlu,
+    add_norm_with_drop,
+    bidirectional_gla_of_list,
+    bidirectional_scan_of_list,
+    check_operator,
+)
 
 # Measured rates of one H200: bytes of a device copy, exponentials and multiply-adds per second.
 BYTES, EXPONENTIALS, MULTIPLY_ADDS = 4.27e12, 4.18e12, 32.1e12
+
+OPERATORS = {
+    Scan2d: selective_scan_2d,
+    Conv1d: causal_conv1d,
+    AddNorm: add_norm_with_drop,
+    Gate: locality_gate,
+    SwiGlu: swiglu,
+    BidirectionalGla: bidirectional_gla_of_list,
+    BidirectionalScan: bidirectional_scan_of_list,
+}
 
 CASES = {
     "224 b128 stage 1": Scan2d(128, 96, 56, 56, 6, 1),
@@ -31,11 +54,67 @@ CASES = {
     "800x1216 b2 stage 3": Scan2d(2, 384, 50, 76, 24, 1),
     "v0 b128 56x56": Scan2d(128, 192, 56, 56, 6, 16),
     "v0 b128 14x14": Scan2d(128, 768, 14, 14, 24, 16),
+    "block vim-tiny b128": BidirectionalScan(128, 384, 197, 12, 16),
+    "block vim-small b128": BidirectionalScan(128, 768, 197, 24, 16),
+    "block vim-tiny L4097 b4": BidirectionalScan(4, 384, 4097, 12, 16),
+    "block vim-tiny L16129 b2": BidirectionalScan(2, 384, 16129, 12, 16),
+    "conv vim-tiny b128": Conv1d(128, 384, 197),
+    "conv vim-small b128": Conv1d(128, 768, 197, reverse=True),
+    "conv vim-tiny L4096 b4": Conv1d(4, 384, 4096),
+    "conv mambavision b128": Conv1d(128, 160, 196, 3, bias=False, padding="same"),
+    "norm vim-tiny b128": AddNorm(128, 197, 192),
+    "norm vim-small b128": AddNorm(128, 197, 384),
+    "norm vim-base b128": AddNorm(128, 197, 768, drop=True),
+    "gate vig-tiny b128": Gate(128, 196, 3, 64, silu=True, bias=True),
+    "gate vigh-tiny b128 56x56": Gate(128, 3136, 3, 32, bias=True),
+    "swiglu vig-tiny b128": SwiGlu(128, 196, 512),
+    "swiglu vigh-base b128": SwiGlu(128, 3136, 352),
+    "gla vig-tiny b128": BidirectionalGla(128, 196, 3, 32, 64),
+    "gla+norm vig-tiny b128": BidirectionalGla(128, 196, 3, 32, 64, norm=True),
+    "gla+norm vig-small b128": BidirectionalGla(128, 196, 6, 32, 64, norm=True),
+    "gla vigh-tiny stage 1": BidirectionalGla(128, 3136, 3, 16, 32),
+    "gla vigh-tiny stage 3": BidirectionalGla(128, 196, 12, 16, 32),
+    "gla vig-tiny L4096 b4": BidirectionalGla(4, 4096, 3, 32, 64),
+    "gla vigh-tiny 67200 b1": BidirectionalGla(1, 67200, 3, 16, 32),
 }
 
 
-def floors(case: Scan2d, itemsize: int) -> tuple[float, float]:
+def floors(case: NamedTuple, itemsize: int) -> tuple[float, float]:
     """Least milliseconds of forward and backward: the largest of bytes, exponentials and multiply-adds."""
+    if isinstance(case, BidirectionalScan):
+        tokens = case.batch * case.length
+        projected = case.rank + 2 * case.state
+        elements = case.directions * tokens * case.channels
+        forward = (
+            itemsize * tokens * (5 * case.channels + 3 * projected) / BYTES,
+            elements * (case.state + 5) / EXPONENTIALS,
+            elements * (case.width + case.rank + 4 * case.state + 3) / MULTIPLY_ADDS,
+        )
+        backward = (
+            itemsize * tokens * (8 * case.channels + 5 * projected) / BYTES,
+            elements * (case.state + 7.5) / EXPONENTIALS,
+            elements * (case.width + 2 * case.rank + 11 * case.state + 8) / MULTIPLY_ADDS,
+        )
+        return 1e3 * max(forward), 1e3 * max(backward)
+    if isinstance(case, Conv1d):  # x in and y out; x and dy in and dx out
+        elements = case.batch * case.channels * case.length
+        return 1e3 * 2 * itemsize * elements / BYTES, 1e3 * 3 * itemsize * elements / BYTES
+    if isinstance(case, AddNorm):  # a float32 residual stream in and out; two float32 gradients of it and the stream in
+        elements = case.batch * case.channels * case.length
+        return 1e3 * (2 * itemsize + 8) * elements / BYTES, 1e3 * (2 * itemsize + 12) * elements / BYTES
+    if isinstance(case, Gate):  # three tensors in and one out; four in and three out
+        elements = case.batch * case.length * case.heads * case.values
+        return 1e3 * 4 * itemsize * elements / BYTES, 1e3 * 7 * itemsize * elements / BYTES
+    if isinstance(case, SwiGlu):  # both halves in and one out; three in and two out
+        elements = case.batch * case.length * case.hidden
+        return 1e3 * 3 * itemsize * elements / BYTES, 1e3 * 5 * itemsize * elements / BYTES
+    if isinstance(case, BidirectionalGla):  # q, k and gates in, v in, output out; all but the output in and out
+        tokens = case.batch * case.length * case.heads
+        forward = 2 * case.keys + case.values
+        return (
+            1e3 * tokens * max(2 * itemsize * forward / BYTES, 8 * case.keys / EXPONENTIALS),
+            1e3 * tokens * max(itemsize * (4 * forward - case.values) / BYTES, 8 * case.keys / EXPONENTIALS),
+        )
     tokens = case.batch * case.height * case.width
     projected = 4 * (case.rank + 2 * case.state)
     elements = 4 * tokens * case.channels
@@ -52,26 +131,26 @@ def floors(case: Scan2d, itemsize: int) -> tuple[float, float]:
     return 1e3 * max(forward), 1e3 * max(backward)
 
 
-def measure(case: Scan2d, dtype: torch.dtype) -> dict[str, float]:
+def measure(case: NamedTuple, dtype: torch.dtype) -> dict[str, float]:
     """Forward and backward milliseconds, and MiB held between them."""
     from triton.testing import do_bench
 
-    check_operator(selective_scan_2d, case._replace(batch=1), dtype, "cuda", "triton")
+    operator, options = OPERATORS[type(case)], case.options()
+    check_operator(operator, case._replace(batch=1), dtype, "cuda", "triton")
     inputs = case.inputs(dtype, "cuda")
     with torch.no_grad():
-        forward = do_bench(lambda: selective_scan_2d(*inputs), return_mode="median")
-    inputs = [t.requires_grad_() for t in inputs]
+        forward = do_bench(lambda: operator(*inputs, **options), return_mode="median")
+    inputs = [None if t is None else t.requires_grad_() for t in inputs]
+    leaves = [t for t in inputs if t is not None]
     before = torch.cuda.memory_allocated()
-    y = selective_scan_2d(*inputs)
-    # The result itself belongs to the consumer; x is held by the producer and counted because backward needs it.
-    held = (
-        torch.cuda.memory_allocated()
-        - before
-        - y.numel() * y.element_size()
-        + inputs[0].numel() * inputs[0].element_size()
-    )
-    dy = torch.randn_like(y)
-    backward = do_bench(lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True), return_mode="median")
+    results = operator(*inputs, **options)
+    results = results if isinstance(results, tuple) else (results,)
+    # Results belong to the consumer and x to the producer; whichever the backward pass needs is counted.
+    needed = results[1] if isinstance(case, AddNorm) else inputs[0]
+    held = torch.cuda.memory_allocated() - before + needed.numel() * needed.element_size()
+    held -= sum(t.numel() * t.element_size() for t in results)
+    upstream = [torch.randn_like(t) for t in results]
+    backward = do_bench(lambda: torch.autograd.grad(results, leaves, upstream, retain_graph=True), return_mode="median")
     floor_forward, floor_backward = floors(case, inputs[0].element_size())
     return {
         "forward_ms": forward,

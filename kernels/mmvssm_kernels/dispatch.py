@@ -79,7 +79,7 @@ def available_backends(device: torch.device | str) -> tuple[str, ...]:
     return ("torch", "reference")
 
 
-def _obstacle(tensor: torch.Tensor) -> str | None:
+def _obstacle(tensor: torch.Tensor, max_batch: int | None = _MAX_BATCH) -> str | None:
     """Why the Triton kernels cannot serve this first input of an operator; None if they can."""
     if not triton_importable():
         return "Triton is not installed"
@@ -87,8 +87,8 @@ def _obstacle(tensor: torch.Tensor) -> str | None:
         return f"Triton cannot serve tensors on {tensor.device}"
     if tensor.dtype == torch.float64:
         return "the kernels compute in float32, not float64"
-    if tensor.shape[0] > _MAX_BATCH:
-        return f"the kernels take batches of at most {_MAX_BATCH}, not {tensor.shape[0]}"
+    if max_batch is not None and tensor.shape[0] > max_batch:
+        return f"the kernels take batches of at most {max_batch}, not {tensor.shape[0]}"
     return None
 
 
@@ -98,14 +98,23 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
-def run(operator: str, backend: str, tensor: torch.Tensor, triton_call: Callable, torch_call: Callable):
+def run(
+    operator: str,
+    backend: str,
+    tensor: torch.Tensor,
+    triton_call: Callable,
+    torch_call: Callable,
+    obstacle: str | None = None,
+    max_batch: int | None = _MAX_BATCH,
+):
     """Call the implementation of ``operator`` that ``backend`` and the device of ``tensor``, its first input, select.
 
     With ``auto``, torch serves what the kernels cannot, float64 for one, and takes over, with one notice, from a kernel
-    that this GPU and Triton version cannot compile. With an explicit ``triton`` both are errors.
+    that this GPU and Triton version cannot compile. With an explicit ``triton`` both are errors. ``obstacle`` is what
+    the operator itself knows to be in the way, if anything; ``max_batch`` is None where the launch grid sets no limit.
     """
     device = tensor.device
-    obstacle = _obstacle(tensor)
+    obstacle = _obstacle(tensor, max_batch) or obstacle
     if backend == "triton" and obstacle is not None:
         raise ValueError(f"backend 'triton' was asked for, but {obstacle}; use 'auto' or 'torch'")
     preferred = available_backends(device)[0] == "triton" and operator not in _broken

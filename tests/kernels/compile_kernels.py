@@ -13,7 +13,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.runtime.jit import JITFunction
 
-from mmvssm_kernels.testing import Scan, Scan2d
+from mmvssm_kernels.testing import (
+    AddNorm,
+    BiasActivation,
+    BidirectionalGla,
+    BidirectionalScan,
+    Conv1d,
+    Gate,
+    Scan,
+    Scan2d,
+    SwiGlu,
+)
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 # More states compile too, but 64 keep ptxas busy for three minutes (kernels/NOTES.md).
@@ -23,6 +33,19 @@ SCANS = [
     Scan(2, 32, 17, 5, skip=False, bias=False),
 ]
 SCANS_2D = [Scan2d(2, 96, 56, 56, 6, 1), Scan2d(2, 768, 7, 7, 48, 1), Scan2d(1, 192, 56, 56, 6, 16)]
+
+CONVOLUTIONS = [Conv1d(2, 160, 40), Conv1d(1, 33, 20, 3, bias=False, activation=None, padding="same")]
+NORMS = [AddNorm(2, 40, 192), AddNorm(2, 9, 1000, "layer", bias=True), AddNorm(2, 9, 384, residual=False)]
+GATES = [Gate(2, 40, 3, 64, silu=True, bias=True), Gate(2, 9, 12, 32), Gate(1, 5, 3, 20)]
+BIASES = [
+    BiasActivation(2, 40, 80, "gelu_tanh"),
+    BiasActivation(2, 40, 512, residual=True),
+    BiasActivation(1, 9, 33, "relu"),
+]
+ATTENTIONS = [BidirectionalGla(1, 196, 3, 32, 64, norm=True), BidirectionalGla(300, 40, 1, 16, 32)]
+# Both directions of a sequence that is cut into segments, and one direction of a short one.
+BIDIRECTIONAL_SCANS = [BidirectionalScan(1, 384, 130, 12, 16), BidirectionalScan(1, 40, 20, 48, 5, 3, directions=1)]
+SWIGLUS = [SwiGlu(2, 40, 512), SwiGlu(1, 9, 88)]
 
 
 def record_launches(dtype: torch.dtype) -> list:
@@ -44,8 +67,50 @@ def record_launches(dtype: torch.dtype) -> list:
         forward, backward = (import_module(f"{package}_2d.triton_{part}") for part in ("fwd", "bwd"))
         for case in SCANS_2D:
             inputs = case.inputs(dtype)
-            y = forward.selective_scan_2d_forward(*inputs, torch.float32)
-            backward.selective_scan_2d_backward(y, *inputs)
+            y, entering = forward.selective_scan_2d_forward(*inputs, torch.float32)
+            backward.selective_scan_2d_backward(y, entering, *inputs)
+        package = "mmvssm_kernels.causal_conv1d"
+        forward, backward = (import_module(f"{package}.triton_{part}") for part in ("fwd", "bwd"))
+        for case in CONVOLUTIONS:
+            inputs, tail = case.inputs(dtype), case.options().values()
+            y = forward.causal_conv1d_forward(*inputs, *tail)
+            backward.causal_conv1d_backward(y, *inputs, *tail)
+        package = "mmvssm_kernels.add_norm"
+        forward, backward = (import_module(f"{package}.triton_{part}") for part in ("fwd", "bwd"))
+        for case in NORMS:
+            x, residual, weight, bias = case.inputs(dtype)
+            scale = None if bias is None else torch.ones(case.batch)
+            y, r = forward.add_norm_forward(x, residual, weight, bias, 1e-5, case.norm, scale, torch.float32)
+            in_dtype = None if residual is None else torch.float32
+            backward.add_norm_backward(y, r, r, weight, bias, 1e-5, case.norm, scale, dtype, in_dtype)
+        package = "mmvssm_kernels.locality_gate"
+        forward, backward = (import_module(f"{package}.triton_{part}") for part in ("fwd", "bwd"))
+        for case in GATES:
+            inputs = case.inputs(dtype)
+            y = forward.locality_gate_forward(*inputs, 1e-6, case.silu)
+            backward.locality_gate_backward(y, *inputs, 1e-6, case.silu)
+        package = "mmvssm_kernels.swiglu"
+        forward, backward = (import_module(f"{package}.triton_{part}") for part in ("fwd", "bwd"))
+        for case in SWIGLUS:
+            (x,) = case.inputs(dtype)
+            backward.swiglu_backward(forward.swiglu_forward(x), x)
+        forward = import_module("mmvssm_kernels.bias_activation.triton_fwd")
+        for case in BIASES:
+            x, bias, residual = case.inputs(dtype)
+            forward.bias_activation_forward(x, bias, case.activation, residual)
+        package = "mmvssm_kernels.bidirectional_gla"
+        forward, backward = (import_module(f"{package}.triton_{part}") for part in ("fwd", "bwd"))
+        for case in ATTENTIONS:
+            *inputs, weight = case.inputs(dtype) if case.norm else [*case.inputs(dtype), None]
+            y, normed, rstd = forward.bidirectional_gla_forward(*inputs, weight, 0.2, 16.0, 1e-6, dtype, case.norm)
+            backward.bidirectional_gla_backward(y, *inputs, weight, normed, rstd, 0.2, 16.0)
+        package = "mmvssm_kernels.bidirectional_selective_scan"
+        forward, backward = (import_module(f"{package}.triton_{part}") for part in ("fwd", "bwd"))
+        for case in BIDIRECTIONAL_SCANS:
+            xz, *parameters = case.inputs(dtype)
+            kept = import_module(f"{package}.op").kept_tensors(xz, parameters, True)
+            y = forward.bidirectional_forward(xz, parameters, case.scale, *kept)
+            backward.bidirectional_backward(y, xz, parameters, case.scale, *kept)
     finally:
         JITFunction.run = run
     return launches
@@ -60,11 +125,16 @@ def source_of(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource
             signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32"
             if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     options = {k: v for k, v in kwargs.items() if k not in kernel.arg_names}
+    # The just-in-time compiler refuses what it does not know; compiling ahead of time ignores it.
+    assert set(options) <= {"num_warps", "num_stages", "maxnreg"}, (kernel.__name__, options)
+    assert len(args) + len(kwargs) - len(options) == len(kernel.arg_names), kernel.__name__
     return ASTSource(kernel, signature, constants, attributes), options
 
 
@@ -81,7 +151,8 @@ def main(target: str, *dtypes: str) -> None:
                 continue
             seen.add(key)
             shared = compile(source, target=gpu, options=options).metadata.shared
-            print(f"{kernel.__name__} {target} {dtype} N={kwargs['N']} warps={options['num_warps']} shared={shared}")
+            size = f"N={kwargs.get('N', '-')} warps={options['num_warps']}"
+            print(f"{kernel.__name__} {target} {dtype} {size} shared={shared}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmvssm_kernels.testing import check_operator, poisoned_memory, relative_error
+from mmvssm_kernels.testing import Gate, Scan2d, check_operator, poisoned_memory, relative_error
 
 from .cases import LARGE, OPERATORS, SHORT, case_id
 
@@ -12,10 +12,17 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def representable(case, dtype) -> bool:
-    """Step sizes of softplus(-20) = 2e-9 have gradients of that size: below float16's smallest number, 6e-8."""
+    """What a 16-bit type cannot show, whatever computes it.
+
+    Step sizes of softplus(-20) = 2e-9 have gradients of that size: below float16's smallest number, 6e-8. The RMS norm
+    of a single value is its sign, whose gradient is the difference of equal numbers.
+    """
+    if isinstance(case, Gate) and case.values == 1:
+        return dtype == torch.float32
     return not (dtype == torch.float16 and getattr(case, "step", None) == -20.0)
 
 
+SCANS_2D = [case for case in LARGE if isinstance(case, Scan2d)]
 CHECKS = [(case, dtype) for case in SHORT + LARGE for dtype in DTYPES if representable(case, dtype)]
 
 
@@ -42,7 +49,7 @@ def test_two_runs_agree_bit_for_bit(case):
 
 
 @pytest.mark.parametrize("layout", ["sliced", "transposed", "expanded"])
-@pytest.mark.parametrize("case", [c for c in LARGE if c.state == 1][-3:], ids=case_id)
+@pytest.mark.parametrize("case", [c for c in SCANS_2D if c.state == 1][-3:], ids=case_id)
 def test_strides(case, layout):
     inputs = case.inputs(torch.float32, "cuda")
     x = inputs[0]
@@ -58,7 +65,7 @@ def test_strides(case, layout):
 
 
 def test_cuda_graph_capture():
-    case = LARGE[-3]
+    case = SCANS_2D[-3]
     inputs = case.inputs(torch.float16, "cuda")
     operator = OPERATORS[type(case)]
     want = operator(*inputs)
@@ -74,7 +81,7 @@ def test_one_kernel_serves_all_image_sizes():
     from mmvssm_kernels.selective_scan_2d.triton_fwd import selective_scan_2d_fwd_kernel as kernel
 
     device = torch.cuda.current_device()
-    operator, case = OPERATORS[type(LARGE[-1])], LARGE[-1]
+    operator, case = OPERATORS[Scan2d], SCANS_2D[-1]
     compiled = []
     for height, width in ((50, 76), (51, 77), (48, 80), (63, 67)):
         operator(*case._replace(height=height, width=width).inputs(torch.float16, "cuda"))

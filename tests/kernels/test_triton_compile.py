@@ -11,10 +11,18 @@ from mmvssm_kernels.dispatch import triton_importable
 from ..helpers import ROOT
 
 KERNELS = [f"selective_scan{suffix}_{part}_kernel" for suffix in ("", "_2d") for part in ("fwd", "bwd")]
+KERNELS += [f"selective_scan_2d_{part}_kernel" for part in ("states", "carry")]
+_TWO_PASSES = ("causal_conv1d", "add_norm", "locality_gate", "swiglu")
+KERNELS += [f"{operator}_{part}_kernel" for operator in _TWO_PASSES for part in ("fwd", "bwd")]
+KERNELS += ["bias_activation_fwd_kernel"]
+
+KERNELS += [f"bidirectional_gla_{part}_kernel" for part in ("summary", "scan", "fwd", "bwd")]
+KERNELS += [f"bidirectional_selective_scan_fwd_kernel_{part}" for part in ("project", "scan")]
+KERNELS += [f"bidirectional_selective_scan_bwd_kernel_{part}" for part in ("scan", "project", "finish")]
 
 
 @pytest.mark.skipif(not triton_importable(), reason="Triton has no wheels for this platform")
-@pytest.mark.parametrize("target", ["cuda:80 float16", "cuda:90 float16 float32", "hip:gfx942 float16"])
+@pytest.mark.parametrize("target", ["cuda:80 float32", "cuda:90 float16", "hip:gfx942 bfloat16"])
 def test_compile(target, tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}

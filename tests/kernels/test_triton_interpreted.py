@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmvssm_kernels.dispatch import interpreting, triton_importable
-from mmvssm_kernels.testing import check_operator, poisoned_memory
+from mmvssm_kernels.testing import BidirectionalGla, check_operator, poisoned_memory
 
 from .cases import INTERPRETED, OPERATORS, case_id
 
@@ -23,17 +23,34 @@ if interpreting():
     @pytest.mark.parametrize("segments", ["one", "several"])
     @pytest.mark.parametrize("case", INTERPRETED, ids=case_id)
     def test_against_float64(case, segments, monkeypatch):
+        from mmvssm_kernels.add_norm import triton_bwd as add_norm
+        from mmvssm_kernels.bidirectional_gla import triton_launch as bidirectional_gla
+        from mmvssm_kernels.bidirectional_selective_scan import triton_launch as bidirectional_selective_scan
+        from mmvssm_kernels.causal_conv1d import triton_launch as causal_conv1d
+        from mmvssm_kernels.locality_gate import triton_bwd as locality_gate
         from mmvssm_kernels.selective_scan import triton_launch
+        from mmvssm_kernels.selective_scan_2d import segments as selective_scan_2d
 
+        monkeypatch.setattr(bidirectional_gla, "_ENOUGH_ROWS", 1)
+        monkeypatch.setattr(bidirectional_gla, "_GROUP", 2)
         if segments == "several":
+            monkeypatch.setattr(bidirectional_gla, "_ENOUGH_ROWS", 1000)
             monkeypatch.setattr(triton_launch, "_MIN_TILES_PER_SEGMENT", 1)
+            monkeypatch.setattr(selective_scan_2d, "_SEGMENT_TILES", 1)
+            monkeypatch.setattr(selective_scan_2d, "_SEGMENT_TILES_MANY_STATES", 2)
+            monkeypatch.setattr(bidirectional_selective_scan, "_MIN_TILES_PER_SEGMENT", 1)
+            monkeypatch.setattr(causal_conv1d, "_MIN_STEPS", 1)
+            monkeypatch.setattr(add_norm, "_MAX_PROGRAMS", 2)
+            monkeypatch.setattr(locality_gate, "_MAX_PROGRAMS", 2)
             if (case.length if hasattr(case, "length") else case.height * case.width) <= 16:
                 pytest.skip("the sequence fits into one tile, so it cannot be cut")
         with poisoned_memory():
             check_operator(OPERATORS[type(case)], case, torch.float32, "cpu", "triton")
 
-    def test_half_precision_inputs():
-        check_operator(OPERATORS[type(INTERPRETED[3])], INTERPRETED[3], torch.float16, "cpu", "triton")
+    # The second has decays that float16 could not hold, but whose products it can.
+    @pytest.mark.parametrize("case", [INTERPRETED[3], BidirectionalGla(1, 40, 1, 8, 24, decay=-1.0)], ids=case_id)
+    def test_half_precision_inputs(case):
+        check_operator(OPERATORS[type(case)], case, torch.float16, "cpu", "triton")
 
 else:
 

@@ -1,0 +1,67 @@
+"""Bias, activation and residual sum, Triton forward pass: a program owns a tile of rows and channels."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..rows import rows_of
+
+RUN_TIME_SIZES = ["n_rows"]
+# Elements of a tile: two loads of 16 bytes for each lane of four warps.
+_TILE = 2048
+_MAX_BLOCK_D = 256
+
+
+@triton.jit(do_not_specialize=RUN_TIME_SIZES)
+def bias_activation_fwd_kernel(
+    p_x,
+    p_bias,
+    p_residual,
+    p_y,
+    n_rows,
+    channels,
+    stride_x,
+    stride_residual,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """activation(x + bias) + residual (M, D)."""
+    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    o_channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    m_channel = o_channel < channels
+    m_tile = (o_row < n_rows) & m_channel
+    y = tl.load(p_x + o_row * stride_x + o_channel, mask=m_tile, other=0.0).to(tl.float32)
+    y += tl.load(p_bias + o_channel, mask=m_channel, other=0.0).to(tl.float32)
+    if ACTIVATION == "relu":
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 = sigmoid(2 u)
+        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+    if p_residual is not None:
+        y += tl.load(p_residual + o_row * stride_residual + o_channel, mask=m_tile, other=0.0).to(tl.float32)
+    tl.store(p_y + o_row * channels + o_channel, y.to(p_y.dtype.element_ty), mask=m_tile)
+
+
+def bias_activation_forward(x, bias, activation, residual) -> Tensor:
+    """(..., D), contiguous, in the dtype of ``x``; arguments as the public function's."""
+    y, channels = x.new_empty(x.shape), x.shape[-1]
+    rows, residual = rows_of(x), None if residual is None else rows_of(residual)
+    block = min(triton.next_power_of_2(channels), _MAX_BLOCK_D)
+    tile = _TILE // block
+    grid = (triton.cdiv(rows.shape[0], tile), triton.cdiv(channels, block))
+    strides = (rows.stride(0), 0 if residual is None else residual.stride(0))
+    bias_activation_fwd_kernel[grid](
+        rows,
+        bias.contiguous(),
+        residual,
+        y,
+        rows.shape[0],
+        channels,
+        *strides,
+        ACTIVATION=activation,
+        ROWS=tile,
+        BLOCK_D=block,
+        num_warps=4,
+    )
+    return y

@@ -1,0 +1,150 @@
+"""The operators ``mmvssm::bidirectional_selective_scan`` and its backward: schema, fake, autograd, FLOPs."""
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..checks import computing_dtype
+from ..flops import BACKWARD_FACTOR, flop_formula, projection_flops, scan_flops
+from . import torch_scan
+from .parameters import ScanParameters
+
+# Tokens of a tile of the kernels, which keep the state that enters every tile for the backward pass.
+TILE = 16
+
+
+def kept_tensors(xz: Tensor, parameters: list[Tensor], keep_states: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised tensors for what the kernels keep for the backward pass.
+
+    In float32 the states that enter all tiles but the first (K, B, tiles - 1, N, E), the projections
+    (K, B, R + 2N, padded L) and the decay rates (K, N, E); in the dtype of ``xz`` the sum of both directions before the
+    gate (B, padded L, E). All empty unless ``keep_states``.
+    """
+    if not keep_states:
+        return *(xz.new_empty(0, dtype=torch.float32) for _ in range(3)), xz.new_empty(0)
+    batch, length, columns = xz.shape
+    directions = len(parameters) // len(ScanParameters._fields)
+    first = ScanParameters(*parameters[: len(ScanParameters._fields)])
+    tiles = (length + TILE - 1) // TILE
+    return (
+        xz.new_empty(directions, batch, tiles - 1, first.state, columns // 2, dtype=torch.float32),
+        xz.new_empty(directions, batch, first.x_proj_weight.shape[0], tiles * TILE, dtype=torch.float32),
+        xz.new_empty(directions, first.state, columns // 2, dtype=torch.float32),
+        xz.new_empty(batch, tiles * TILE, columns // 2),
+    )
+
+
+def _served_by(backend: str, parameters: list[Tensor]) -> str:
+    """``backend``, or torch where the kernels' tiles are too short for the convolution."""
+    width = parameters[0].shape[1]
+    if width <= TILE or backend == "torch":
+        return backend
+    if backend == "triton":
+        raise ValueError(f"backend 'triton' was asked for, but the kernels take at most {TILE} taps, not {width}")
+    return "torch"
+
+
+def gated_empty(xz: Tensor) -> Tensor:
+    """Uninitialised contiguous (B, L, E)."""
+    return xz.new_empty(*xz.shape[:2], xz.shape[2] // 2)
+
+
+@torch.library.custom_op("mmvssm::bidirectional_selective_scan", mutates_args=())
+def bidirectional_selective_scan_op(
+    xz: Tensor, parameters: list[Tensor], scale: float, keep_states: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Result (B, L, E) and the four of :func:`kept_tensors`.
+
+    ``parameters`` are the seven tensors of one direction or fourteen of two; arguments are checked by the caller.
+    """
+    kept = kept_tensors(xz, parameters, keep_states)
+
+    def triton_call():
+        from .triton_fwd import bidirectional_forward
+
+        return bidirectional_forward(xz, parameters, scale, *kept)
+
+    def torch_call():
+        return gated_empty(xz).copy_(torch_scan.bidirectional_forward(xz, parameters, scale))
+
+    out = dispatch.run("bidirectional_selective_scan", _served_by(backend, parameters), xz, triton_call, torch_call)
+    return out, *kept
+
+
+@bidirectional_selective_scan_op.register_fake
+def _(xz, parameters, scale, keep_states, backend):
+    return gated_empty(xz), *kept_tensors(xz, parameters, keep_states)
+
+
+@torch.library.custom_op("mmvssm::bidirectional_selective_scan_backward", mutates_args=())
+def bidirectional_selective_scan_backward_op(
+    dout: Tensor,
+    xz: Tensor,
+    parameters: list[Tensor],
+    borders: Tensor,
+    projected: Tensor,
+    rates: Tensor,
+    sums: Tensor,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of ``xz``, contiguous, and those of all parameters, flat in the computing dtype.
+
+    One flat tensor, because results of an operator must not share memory and a dozen would be a dozen launches. What
+    the forward pass keeps may be empty.
+    """
+
+    def triton_call():
+        from .triton_bwd import bidirectional_backward
+
+        return bidirectional_backward(dout, xz, parameters, scale, borders, projected, rates, sums)
+
+    def torch_call():
+        dxz, *dparameters = torch_scan.bidirectional_backward(dout, xz, parameters, scale)
+        dxz = torch.empty_like(xz, memory_format=torch.contiguous_format).copy_(dxz)
+        return dxz, torch.cat([g.flatten() for g in dparameters])
+
+    return dispatch.run("bidirectional_selective_scan", _served_by(backend, parameters), xz, triton_call, torch_call)
+
+
+@bidirectional_selective_scan_backward_op.register_fake
+def _(dout, xz, parameters, borders, projected, rates, sums, scale, backend):
+    dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
+    return dxz, xz.new_empty(sum(t.numel() for t in parameters), dtype=computing_dtype(xz))
+
+
+def _setup_context(ctx, inputs, output):
+    xz, parameters, ctx.scale, _, ctx.backend = inputs
+    ctx.save_for_backward(xz, *output[1:], *parameters)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, *unused):
+    xz, borders, projected, rates, sums, *parameters = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(gated_empty(xz))
+    dxz, flat = torch.ops.mmvssm.bidirectional_selective_scan_backward(
+        dout, xz, parameters, borders, projected, rates, sums, ctx.scale, ctx.backend
+    )
+    pieces = flat.split([t.numel() for t in parameters])
+    dparameters = [g.view(t.shape).to(t.dtype) for g, t in zip(pieces, parameters, strict=True)]
+    return dxz, dparameters, None, None, None
+
+
+bidirectional_selective_scan_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@flop_formula("bidirectional_selective_scan")
+def _flops(xz_shape, parameter_shapes, *args, out_shape=None, **kwargs) -> int:
+    batch, length, columns = xz_shape
+    directions = len(parameter_shapes) // len(ScanParameters._fields)
+    shapes = ScanParameters(*parameter_shapes[: len(ScanParameters._fields)])
+    sizes = (batch, columns // 2, length, shapes.A_log[1])
+    convolution = 2 * directions * batch * columns // 2 * length * shapes.conv_weight[1]
+    projections = projection_flops(*sizes, rank=shapes.dt_proj_weight[1], directions=directions)
+    return scan_flops(*sizes, directions=directions) + projections + convolution
+
+
+@flop_formula("bidirectional_selective_scan_backward")
+def _backward_flops(dout_shape, *shapes, out_shape=None, **kwargs) -> int:
+    return BACKWARD_FACTOR * _flops(*shapes)
