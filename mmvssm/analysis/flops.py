@@ -4,9 +4,12 @@
 operation            ``'papers'`` (multiply-add = 1)             ``'hardware'`` (multiply-add = 2)
 ===================  ==========================================  ==========================
 convolution, matmul  1 per multiply-add                          2 per multiply-add
+softmax attention    1 per multiply-add of its two products      2 per multiply-add
 selective scan       (9 N + 1) per direction, channel and token  the same
 its projections      1 per multiply-add                          2 per multiply-add
+gated attention      4 K V per token and head, both directions   8 K V
 layer, group norm    5 per element (4 without affine)            the same
+RMS norm             4 per element in our operators, else 1      the same
 batch norm           2 per element (1 without affine)            the same
 pooling, resizing    1 per element                               the same
 ===================  ==========================================  ==========================
@@ -24,7 +27,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-import mmvssm_kernels  # noqa: F401  registers the operators
+from mmvssm_kernels import ScanParameters  # importing the package registers the operators
 
 CONVENTIONS = ("papers", "hardware")
 
@@ -111,10 +114,19 @@ def _formulas(convention: str) -> dict:
         aten.mean: _per_input_element,
         aten._adaptive_avg_pool2d: _per_input_element,
         aten.upsample_bilinear2d: _per_output_element,
+        aten.upsample_bicubic2d: _per_output_element,
         aten.upsample_nearest2d: _per_output_element,
         torch.ops.mmvssm.selective_scan_2d: _selective_scan_2d(per_multiply_add),
         torch.ops.mmvssm.selective_scan: _selective_scan,
+        torch.ops.mmvssm.bidirectional_selective_scan: _bidirectional_selective_scan(per_multiply_add),
+        torch.ops.mmvssm.causal_conv1d: _causal_conv1d(per_multiply_add),
+        torch.ops.mmvssm.bidirectional_gla: _bidirectional_gla(per_multiply_add),
+        torch.ops.mmvssm.add_norm: _add_norm,
+        torch.ops.mmvssm.locality_gate: _locality_gate,
+        **dict.fromkeys(_attention_operators(), _attention(per_multiply_add)),
     }
+    if hasattr(aten, "_fused_rms_norm"):  # elsewhere torch composes it, and what is counted is its mean
+        mapping[aten._fused_rms_norm] = _per_input_element
     if per_multiply_add == 1:
         matmuls = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten._convolution)
         mapping |= {operator: _halved(flop_registry[operator]) for operator in matmuls}
@@ -137,8 +149,38 @@ def _group_norm(input_shape, weight=None, *args, out_shape=None, **kwargs) -> in
     return math.prod(input_shape) * (4 if weight is None else 5)
 
 
+def _add_norm(x_shape, residual_shape, weight_shape, bias_shape, eps, norm, *args, out_shape=None, **kwargs) -> int:
+    return math.prod(x_shape) * (4 if norm == "rms" else 5)
+
+
+def _causal_conv1d(per_multiply_add: int) -> Callable[..., int]:
+    def formula(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+        return per_multiply_add * math.prod(x_shape) * weight_shape[1]
+
+    return formula
+
+
+def _locality_gate(long_shape, *args, out_shape=None, **kwargs) -> int:
+    return 4 * math.prod(long_shape)  # its RMS norm
+
+
 def _batch_norm(input_shape, weight=None, *args, out_shape=None, **kwargs) -> int:
     return math.prod(input_shape) * (1 if weight is None else 2)
+
+
+def _attention_operators() -> list:
+    """Forward operators behind ``scaled_dot_product_attention``, as far as this torch has them; on a CPU too."""
+    kinds = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+    names = [f"_scaled_dot_product_{kind}" for kind in kinds]
+    return [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
+
+
+def _attention(per_multiply_add: int) -> Callable[..., int]:
+    def formula(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+        batch, heads, length, width = q_shape
+        return per_multiply_add * batch * heads * length * k_shape[2] * (width + v_shape[3])
+
+    return formula
 
 
 def _per_input_element(input_shape, *args, out_shape=None, **kwargs) -> int:
@@ -162,5 +204,30 @@ def _selective_scan_2d(per_multiply_add: int) -> Callable[..., int]:
         projections = math.prod(x_proj_shape) + directions * channels * rank  # multiply-adds per token
         scan = selective_scan_flops(batch, directions, channels, A_shape[1], length)
         return scan + per_multiply_add * batch * length * projections
+
+    return formula
+
+
+def _bidirectional_selective_scan(per_multiply_add: int) -> Callable[..., int]:
+    def formula(xz_shape, parameter_shapes, *args, out_shape=None, **kwargs) -> int:
+        batch, length, columns = xz_shape
+        directions = len(parameter_shapes) // len(ScanParameters._fields)
+        one = ScanParameters(*parameter_shapes[: len(ScanParameters._fields)])
+        # Multiply-adds per token and direction: convolution and projections.
+        others = sum(math.prod(shape) for shape in (one.conv_weight, one.x_proj_weight, one.dt_proj_weight))
+        scan = selective_scan_flops(batch, directions, columns // 2, one.A_log[1], length)
+        return scan + per_multiply_add * directions * batch * length * others
+
+    return formula
+
+
+def _bidirectional_gla(per_multiply_add: int) -> Callable[..., int]:
+    def formula(q_shape, k_shape, v_shape, gf_shape, gb_shape, norm_shape, *args, out_shape=None, **kwargs) -> int:
+        batch, length, heads, keys = q_shape
+        values = v_shape[3]
+        # As recurrences: both directions update a state of keys x values and read it out.
+        recurrences = 4 * keys * values * per_multiply_add
+        norm = 0 if norm_shape is None else 4 * values
+        return batch * length * heads * (recurrences + norm)
 
     return formula

@@ -75,7 +75,7 @@ def get_backbone(
     device: str | torch.device = "cpu",
     **overrides: Any,
 ) -> nn.Module:
-    """Build the backbone of a config alone.
+    """Build the backbone of a config alone. It returns maps, also where the config's classifier takes a class token.
 
     Args:
         name: As in `get_model`.
@@ -94,6 +94,8 @@ def get_backbone(
     if out_indices is not None:
         overrides["out_indices"] = out_indices
     config = _model_config(name, overrides)
+    if "out_type" not in overrides:  # a classifier's backbone may be set to give a vector
+        config.model.backbone.pop("out_type", None)
     backbone = _build(config, config.model.backbone)
     return _finish(backbone, checkpoint, device)
 

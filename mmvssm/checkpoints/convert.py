@@ -10,13 +10,15 @@ BACKBONE = "backbone."
 _OTHER_PARTS = ("head.", "neck.")
 
 
-def convert_official(state_dict: Any, family: str | None = None) -> StateDict:
+def convert_official(state_dict: Any, family: str | None = None, prefer_ema: bool | None = None) -> StateDict:
     """Convert tensors in any published layout to the names of this project.
 
     Args:
         state_dict: A state dict, or anything `unwrap` opens. Accepted are the authors' layouts of a family, with or
             without `backbone.` (detection and segmentation files), and our own names, which come back unchanged.
         family: One of `known_families()`; None recognises it by the names.
+        prefer_ema: Take averaged weights where there are both (True), or the raw ones (False). Default: those of the
+            authors' published numbers, which are averaged for all families but MambaVision and Vim.
 
     Returns:
         `backbone.*`, `head.*` (a classifier) and `neck.*` (a pyramid of the family). Heads of detectors and segmentors
@@ -26,13 +28,15 @@ def convert_official(state_dict: Any, family: str | None = None) -> StateDict:
     Raises:
         ValueError: The tensors are of no known family, or of another than `family`; the sentence says of which.
     """
-    tensors = unwrap(state_dict)
+    tensors = unwrap(state_dict, True if prefer_ema is None else prefer_ema)
     asked = get_family(family) if family is not None else None
     for prefix in _candidate_prefixes(tensors):
         inner = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
         found = _family_of(set(inner), asked)
         if found is not None:
-            outside = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+            if prefer_ema is None and found.prefer_ema is not True:
+                return convert_official(unwrap(state_dict, found.prefer_ema), found.name, prefer_ema=False)
+            outside = {found.convert_outside(k) or k: v for k, v in tensors.items() if not k.startswith(prefix)}
             return {**_convert_backbone(found, inner), **outside}
     raise ValueError(_no_family_sentence(tensors, asked))
 

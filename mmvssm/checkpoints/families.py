@@ -12,7 +12,7 @@ import torch
 StateDict = dict[str, torch.Tensor]
 
 # family name -> module of this package that holds its table
-_FILES = {"vmamba": "vmamba"}
+_FILES = {"mambavision": "mambavision", "vmamba": "vmamba", "vig": "vig", "vim": "vim"}
 
 
 class Family(ABC):
@@ -24,6 +24,8 @@ class Family(ABC):
 
     name: str
     title: str
+    prefer_ema: bool | None = True
+    """Which weights the authors' numbers stand for where a file has several, as in `wrappers.unwrap`."""
 
     @abstractmethod
     def is_official(self, names: set[str]) -> bool:
@@ -41,12 +43,20 @@ class Family(ABC):
     def describe(self, backbone: StateDict) -> tuple[str | None, str]:
         """Name of the arch whose tensors these are (our names; None if it is none of ours), and a sentence part."""
 
+    def convert_outside(self, name: str) -> str | None:
+        """Our name of a tensor that lies beside the backbone in the authors' files (a pyramid: `neck.*`), or None."""
+        return None
+
     def official_name(self, name: str, names: Collection[str]) -> str:
         """What the authors' current code calls the parameter `name` of our backbone, whose parameters are `names`.
 
         Their weight-decay rules go by names, so reproducing those needs theirs.
         """
         return name
+
+    def how_to_build(self, arch: str, backbone: StateDict) -> str:
+        """Arguments of the model that takes `backbone` (our names), for the sentence about a file that does not fit."""
+        return f"arch={arch!r}"
 
     def is_output_norm(self, name: str) -> bool:
         """Whether `name` (of our backbone) belongs to a norm after an output stage."""

@@ -61,7 +61,7 @@ def load_into(
     source: str | os.PathLike | dict,
     prefix: str | None = None,
     strict: bool = True,
-    prefer_ema: bool = True,
+    prefer_ema: bool | None = None,
 ) -> LoadReport:
     """Load a checkpoint, ours or the authors' in any layout and wrapper, into a backbone or a whole model.
 
@@ -77,7 +77,8 @@ def load_into(
             the authors' classification files have no such prefix. Default: None, found by itself.
         strict: Raise if anything is missing, left over or of another shape. False logs it instead, and only raises if
             nothing at all matches.
-        prefer_ema: Take averaged weights where the file has both.
+        prefer_ema: Take averaged weights where the file has both (True), or the raw ones (False). Default: those of the
+            authors' published numbers, which are averaged for all families but MambaVision and Vim.
 
     Returns:
         The report, which is also logged.
@@ -88,20 +89,24 @@ def load_into(
     """
     from_file = isinstance(source, (str, os.PathLike))
     report = LoadReport(os.fspath(source) if from_file else "state dict")
-    tensors = unwrap(read_checkpoint(source) if from_file else source, prefer_ema)
-    if prefix and any(k.startswith(prefix) for k in tensors):
-        report.left_out += [k for k in tensors if not k.startswith(prefix)]
-        tensors = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
     target = module.module if is_model_wrapper(module) else module
     own = target.state_dict()
     is_backbone = isinstance(getattr(target, "family", None), str)
     backbone = target if is_backbone else getattr(target, "backbone", None)
     family = get_family(backbone.family) if isinstance(getattr(backbone, "family", None), str) else None
+    if prefer_ema is None:
+        prefer_ema = family.prefer_ema if family is not None else True
+
+    tensors = unwrap(read_checkpoint(source) if from_file else source, prefer_ema)
+    if prefix and any(k.startswith(prefix) for k in tensors):
+        report.left_out += [k for k in tensors if not k.startswith(prefix)]
+        tensors = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
     if family is not None:
         tensors = _convert(tensors, family, report)
         if is_backbone:
             tensors = _take_backbone(tensors, report)
+        tensors = _adapt(tensors, backbone, "" if is_backbone else BACKBONE, report)
         tensors = _apply_output_norm_rule(tensors, own, family, "" if is_backbone else BACKBONE, report)
 
     fitting = _match(tensors, own, family, "" if is_backbone else BACKBONE, report)
@@ -129,6 +134,19 @@ def _take_backbone(tensors: StateDict, report: LoadReport) -> StateDict:
     if parts:
         report.notes.append(f"Not part of the backbone, left out: {', '.join(parts)}.")
     return {k[len(BACKBONE) :]: v for k, v in tensors.items() if k.startswith(BACKBONE)}
+
+
+def _adapt(tensors: StateDict, backbone: nn.Module, prefix: str, report: LoadReport) -> StateDict:
+    """Let the backbone bring what depends on its size, or on the task, to what it is built for."""
+    inner = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+    adapted = backbone.adapt_state_dict(inner)
+    report.resized += [prefix + k for k, v in adapted.items() if v.shape != inner[k].shape]
+    dropped = sorted(set(inner) - set(adapted))
+    report.left_out += [prefix + k for k in dropped]
+    if dropped:
+        report.notes.append(f"Without a place in this backbone, left out: {', '.join(dropped)}.")
+    outside = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+    return {**{prefix + k: v for k, v in adapted.items()}, **outside}
 
 
 def _apply_output_norm_rule(
@@ -183,7 +201,7 @@ def _misfit_sentence(
         if content != model:
             parts[0] += f": it holds {content}, the model is {model}"
             if arch is not None:
-                return f"{parts[0]}. Build the model with arch={arch!r} to load this file."
+                return f"{parts[0]}. Build the model with {family.how_to_build(arch, tensors)} to load this file."
     details = []
     if report.missing:
         details.append(f"missing in the file: {len(report.missing)} ({_some(report.missing)})")

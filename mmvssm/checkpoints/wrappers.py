@@ -14,7 +14,7 @@ _PLAIN = ("state_dict", "model", "model_state_dict", "module", "net", "network",
 _OUTER_PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
-def unwrap(obj: Any, prefer_ema: bool = True) -> dict[str, torch.Tensor]:
+def unwrap(obj: Any, prefer_ema: bool | None = True) -> dict[str, torch.Tensor]:
     """The state dict inside a checkpoint, without wrappers and without prefixes of the whole model.
 
     Opened are any nesting of `model`, `state_dict`, `module`, ... and their averaged counterparts (`model_ema`,
@@ -25,7 +25,8 @@ def unwrap(obj: Any, prefer_ema: bool = True) -> dict[str, torch.Tensor]:
 
     Args:
         obj: What was saved: a state dict or a dict around one.
-        prefer_ema: Take averaged weights where there are any. Default: True.
+        prefer_ema: Take averaged weights where there are any (True), the raw ones (False), or what stands under
+            `state_dict` or `model`, averaged or not (None). Default: True.
 
     Returns:
         Names and tensors. Entries that are no tensors (counters, configurations) are left out.
@@ -70,13 +71,13 @@ def _has_tensors(obj: Any) -> bool:
     return len(names) > 1 or any("." in n for n in names)
 
 
-def _find(obj: Any, prefer_ema: bool, depth: int) -> Mapping | None:
+def _find(obj: Any, prefer_ema: bool | None, depth: int) -> Mapping | None:
     if isinstance(obj, StandIn):  # a state dict in a foreign dict class
         obj = obj.items
     if not _is_dict(obj) or depth > 4:
         return None
     exchanged = "state_dict" in obj and "ema_state_dict" in obj and ("message_hub" in obj or "meta" in obj)
-    averaged_first = prefer_ema != exchanged
+    averaged_first = False if prefer_ema is None else prefer_ema != exchanged
     order = (*_AVERAGED, *_PLAIN) if averaged_first else (*_PLAIN, *_AVERAGED)
     # A real state dict may have a part called `model` or `module`, but never as a key of its own.
     for key in order:

@@ -44,8 +44,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
       'default': what the backbone names, norms, biases and everything one-dimensional.
       'official': what the authors' runs really left out: 'official-classification' in a classifier, else
       'official-dense'.
-      'official-classification': one-dimensional tensors, names that end in '.bias', and pos_embed. Packed step-size
-      biases and A (two-dimensional) are decayed.
+      'official-classification': one-dimensional tensors, names that end in '.bias', pos_embed and class tokens. Packed
+      step-size biases and A (two-dimensional) are decayed.
       'official-dense': names that contain 'norm' in the authors' code, and nothing else: all biases, A, D, and the
       norms of stems and convolutional downsamplings are decayed.
     - `layer_decay_rate` (float): Factor on the learning rate per layer, counted from the last. Default: 1.
@@ -117,7 +117,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             if decay_mult is None and preset == "default":
                 decay_mult = self._default_decay(name, parameter, owner, spared)
             elif decay_mult is None and preset == "official-classification":
-                decay_mult = 0.0 if parameter.ndim <= 1 or name.endswith(".bias") or "pos_embed" in name else 1.0
+                decay_mult = 0.0 if parameter.ndim <= 1 or name.endswith(".bias") or _is_embedding(name) else 1.0
             elif decay_mult is None:
                 decay_mult = 0.0 if "norm" in official_names.get(name, name) else 1.0
             if self.base_wd is not None:
@@ -229,6 +229,11 @@ def _clean(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name.rstrip(".")
+
+
+def _is_embedding(name: str) -> bool:
+    """Position embedding or class token."""
+    return "pos_embed" in name or "cls_token" in name
 
 
 def _is_number(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -65,6 +65,7 @@ class BaseBackbone(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.with_cp = with_cp
+        self.register_load_state_dict_pre_hook(_adapt_hook)
 
     # ------------------------------------------------------------------ arguments
 
@@ -221,6 +222,18 @@ class BaseBackbone(BaseModule):
 
         load_into(self, checkpoint, prefix=prefix)
 
+    def adapt_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Bring a state dict of another image size or task to this backbone, before it is loaded in whatever way.
+
+        Args:
+            state_dict: Names of this project, of the backbone alone.
+
+        Returns:
+            A dict that may lack names that have no place, and hold resized tensors; what fits is the same. Here: what
+            came in.
+        """
+        return state_dict
+
     # ------------------------------------------------------------------ parameter groups
 
     def no_weight_decay(self) -> set[str]:
@@ -258,6 +271,40 @@ class BaseBackbone(BaseModule):
             before = sum(self.depths[: int(parts[1])])
             return (before + int(parts[3]) + 1 if parts[2] == "blocks" else before), num_layers
         return num_layers - 1, num_layers
+
+
+def depths_and_widths(depths: Any, widths: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Check an arch's depths and widths, and expand a single width to one per stage, doubled from stage to stage."""
+
+    def positive(values: Any) -> bool:
+        return isinstance(values, Sequence) and len(values) > 0 and all(isinstance(v, int) and v > 0 for v in values)
+
+    if not positive(depths):
+        raise ValueError(f"depths={depths!r} must be a sequence of positive integers, one per stage")
+    if isinstance(widths, int):
+        widths = [widths * 2**i for i in range(len(depths))]
+    if not positive(widths):
+        raise ValueError(f"embed_dims={widths!r} must be a positive integer, or a sequence of them, one per stage")
+    if len(widths) != len(depths):
+        raise ValueError(f"arch names {len(widths)} widths but {len(depths)} depths")
+    return tuple(depths), tuple(widths)
+
+
+def check_choice(name: str, value: Any, choices: Collection) -> None:
+    """Raise ValueError unless the argument ``name`` is one of ``choices``."""
+    if value not in tuple(choices):
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
+
+
+def _adapt_hook(module: BaseBackbone, state_dict: dict, prefix: str, *_: Any) -> None:
+    """Adapt what ``load_state_dict`` is about to load, in place."""
+    own = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    adapted = module.adapt_state_dict(own)
+    for name in own:
+        if name not in adapted:
+            del state_dict[prefix + name]
+        elif adapted[name] is not own[name]:
+            state_dict[prefix + name] = adapted[name]
 
 
 def _is_int(value: Any) -> bool:

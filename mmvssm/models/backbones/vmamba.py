@@ -1,6 +1,6 @@
 """VMamba (https://arxiv.org/abs/2401.10166): a pyramid of blocks that scan the grid in four directions."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from ..layers import (
 )
 from ..layers.activation import ACTIVATIONS
 from ..mixers import SS2D
-from .base import REQUIRED, BaseBackbone
+from .base import REQUIRED, BaseBackbone, check_choice, depths_and_widths
 
 # First generation: gated blocks without MLP, many states, a float32 scan.
 VANILLA = dict(
@@ -209,15 +209,15 @@ class VMamba(BaseBackbone):
         super().__init__(in_channels, img_size, frozen_stages, norm_eval, with_cp, init_cfg)
         spec = self.resolve_arch(arch)
         self.arch = spec
-        self.depths, self.embed_dims = _depths_and_widths(spec["depths"], spec["embed_dims"])
+        self.depths, self.embed_dims = depths_and_widths(spec["depths"], spec["embed_dims"])
         self.drop_path_rate = spec["drop_path_rate"] if drop_path_rate is None else drop_path_rate
         _check_numbers(spec, self.drop_path_rate)
         # Checked here, since a variant without gate, MLP or patch merging would not look at its option.
-        _check_choice("stem", spec["stem"], STEMS)
-        _check_choice("downsample", spec["downsample"], DOWNSAMPLES)
-        _check_choice("odd_size", odd_size, ODD_SIZES)
+        check_choice("stem", spec["stem"], STEMS)
+        check_choice("downsample", spec["downsample"], DOWNSAMPLES)
+        check_choice("odd_size", odd_size, ODD_SIZES)
         for name, act in {"ssm_act": ssm_act, "gate_act": gate_act, "out_act": out_act, "mlp_act": mlp_act}.items():
-            _check_choice(name, act, ACTIVATIONS)
+            check_choice(name, act, ACTIVATIONS)
 
         self.patch_embed = STEMS[spec["stem"]](in_channels, self.embed_dims[0])
         mixer = dict(
@@ -275,11 +275,6 @@ class VMamba(BaseBackbone):
         return tuple(outs)
 
 
-def _check_choice(name: str, value: Any, choices: Collection) -> None:
-    if value not in tuple(choices):
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
-
-
 def _check_numbers(spec: dict[str, Any], drop_path_rate: Any) -> None:
     numbers = {"ssm_ratio": spec["ssm_ratio"], "mlp_ratio": spec["mlp_ratio"], "drop_path_rate": drop_path_rate}
     for name, value in numbers.items():
@@ -292,20 +287,3 @@ def _check_numbers(spec: dict[str, Any], drop_path_rate: Any) -> None:
     for name in ("gated", "conv_bias", "fp32_core"):
         if not isinstance(spec[name], bool):
             raise TypeError(f"{name}={spec[name]!r} must be True or False")
-
-
-def _depths_and_widths(depths: Any, widths: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Check the two and expand a single width to one per stage."""
-
-    def positive(values: Any) -> bool:
-        return isinstance(values, Sequence) and len(values) > 0 and all(isinstance(v, int) and v > 0 for v in values)
-
-    if not positive(depths):
-        raise ValueError(f"depths={depths!r} must be a sequence of positive integers, one per stage")
-    if isinstance(widths, int):
-        widths = [widths * 2**i for i in range(len(depths))]
-    if not positive(widths):
-        raise ValueError(f"embed_dims={widths!r} must be a positive integer, or a sequence of them, one per stage")
-    if len(widths) != len(depths):
-        raise ValueError(f"arch names {len(widths)} widths but {len(depths)} depths")
-    return tuple(depths), tuple(widths)

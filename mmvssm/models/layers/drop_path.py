@@ -23,6 +23,13 @@ class DropPath(nn.Module):
         mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
         return x * mask.div_(keep)
 
+    def sample_scale(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The factors (B) that :meth:`forward` would multiply the samples of x by; None for the identity."""
+        if not self.training or self.drop_prob == 0:
+            return None
+        keep = 1 - self.drop_prob
+        return x.new_empty(x.shape[0], dtype=torch.float32).bernoulli_(keep).div_(keep)
+
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3f}"
 
