@@ -1,0 +1,9 @@
+_base_ = "./cascade-mask-rcnn_mambavision-t_fpn_ms-crop-3x_coco.py"
+
+checkpoint_file = "https://huggingface.co/nvidia/MambaVision-B-1K/resolve/main/mambavision_base_1k.pth.tar"
+model = dict(
+    backbone=dict(arch="b", init_cfg=dict(checkpoint=checkpoint_file)),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)
+
+optim_wrapper = dict(optimizer=dict(lr=2e-4))

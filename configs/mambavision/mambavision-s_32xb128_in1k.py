@@ -1,0 +1,12 @@
+_base_ = "./mambavision-t_32xb128_in1k.py"
+
+model = dict(backbone=dict(arch="s"), head=dict(in_channels=768))
+
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="ResizeEdge", scale=240, edge="short", backend="pillow", interpolation="bicubic"),
+    dict(type="CenterCrop", crop_size=224),
+    dict(type="PackInputs"),
+]
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+test_dataloader = dict(dataset=dict(pipeline=test_pipeline))

@@ -1,0 +1,15 @@
+_base_ = "../_base_/from_scratch/upernet_camvid.py"
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="mmvssm.ViG",
+        arch="tiny",
+        img_size=352,
+        drop_path_rate=0.1,
+        out_indices=(2, 5, 8, 11),
+    ),
+    neck=dict(type="mmvssm.DeconvPyramid", in_channels=[192, 192, 192, 192]),
+    decode_head=dict(in_channels=[192, 192, 192, 192]),
+    auxiliary_head=dict(in_channels=192),
+)

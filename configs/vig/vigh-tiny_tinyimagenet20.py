@@ -1,0 +1,11 @@
+_base_ = "../_base_/from_scratch/classifier_tinyimagenet20.py"
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="mmvssm.ViGH",
+        arch="tiny",
+        drop_path_rate=0.05,
+        out_indices=(3,),
+    ),
+)
