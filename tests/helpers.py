@@ -1,6 +1,8 @@
 """Helpers shared by the tests."""
 
+import importlib.util
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,3 +17,12 @@ def shared_dir(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"reference data {'/'.join(parts)} not found beside the checkout (set MMVSSM_SHARED)")
     return path
+
+
+@cache
+def golden_fill():
+    """The module that makes the deterministic weights and images."""
+    spec = importlib.util.spec_from_file_location("golden_fill", shared_dir("golden", "fill.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TORCH = ["torch==2.13.0", "torchvision==0.28.0"]
 TRITON = ["triton==3.7.1"]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# Processes that share the tests; each holds up to about 2 GB.
+MAX_WORKERS = 4
 # pip's setting -> uv's variable, because uv does not read pip's settings.
 UV_SETTINGS = {"find-links": "UV_FIND_LINKS", "index-url": "UV_DEFAULT_INDEX", "cert": "SSL_CERT_FILE"}
 
@@ -149,7 +151,7 @@ def test(environment: Environment, arguments: list[str]) -> int:
     steps = {
         "lint": [ruff, "check", "."],
         "format": [ruff, "format", "--check", "."],
-        "tests": [environment.python, "-m", "pytest", *arguments],
+        "tests": [environment.python, "-m", "pytest", "-n", str(min(os.cpu_count() or 1, MAX_WORKERS)), *arguments],
     }
     results = {}
     for name, command in steps.items():

@@ -6,7 +6,17 @@ from torch import nn
 
 from mmvssm.analysis import count_flops, count_parameters, model_cost
 from mmvssm.models import VMamba
-from mmvssm_kernels import selective_scan, selective_scan_2d
+from mmvssm_kernels import (
+    ScanParameters,
+    add_norm,
+    bidirectional_gla,
+    bidirectional_selective_scan,
+    causal_conv1d,
+    locality_gate,
+    selective_scan,
+    selective_scan_2d,
+    swiglu,
+)
 from tests.helpers import ROOT
 
 B, D, H, W, N, R = 2, 6, 5, 7, 3, 4
@@ -54,6 +64,58 @@ def test_selective_scan_2d():
     projections = 4 * B * H * W * (D * (R + 2 * N) + R * D)
     counts = both(lambda: selective_scan_2d(x, *arguments, torch.ones(4 * D)))
     assert counts == (scan + projections, scan + 2 * projections)
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_bidirectional_selective_scan(directions):
+    shapes = (D, 4), (D,), (R + 2 * N, D), (D, R), (D,), (D, N), (D,)
+    parameters = ScanParameters(*map(torch.rand, shapes))
+    backward = parameters if directions == 2 else None
+    tokens = directions * B * 11
+    multiply_adds = tokens * D * (4 + R + 2 * N + R)
+    counts = both(lambda: bidirectional_selective_scan(torch.randn(B, 11, 2 * D), parameters, backward))
+    scan = (9 * N + 1) * tokens * D
+    assert counts == (scan + multiply_adds, scan + 2 * multiply_adds)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_bidirectional_gla(norm):
+    heads, keys, values, length = 3, 4, 8, 11
+    q, v = torch.randn(B, length, heads, keys), torch.randn(B, length, heads, values)
+    weight = torch.ones(values) if norm else None
+    multiply_adds = 4 * B * length * heads * keys * values
+    extra = 4 * B * length * heads * values if norm else 0
+    counts = both(lambda: bidirectional_gla(q, q, v, q, q, gate_normalizer=16, norm_weight=weight))
+    assert counts == (multiply_adds + extra, 2 * multiply_adds + extra)
+
+
+@pytest.mark.parametrize(("norm", "operations"), [("rms", 4), ("layer", 5)])
+def test_add_norm(norm, operations):
+    x, weight = torch.randn(B, 5, 8), torch.ones(8)
+    expected = operations * B * 5 * 8
+    assert both(lambda: add_norm(x, x, weight, norm=norm)) == (expected, expected)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_softmax_attention(grad):
+    """Two products: queries with keys, and the result with values."""
+    q, k, v = torch.randn(B, 3, 11, 8), torch.randn(B, 3, 7, 8), torch.randn(B, 3, 7, 8)
+    multiply_adds = 2 * B * 3 * 11 * 7 * 8
+    counts = both(lambda: nn.functional.scaled_dot_product_attention(q.requires_grad_(grad), k, v))
+    assert counts == (multiply_adds, 2 * multiply_adds)
+
+
+def test_causal_conv1d():
+    multiply_adds = B * 6 * 11 * 3
+    counts = both(lambda: causal_conv1d(torch.randn(B, 6, 11), torch.randn(6, 3), padding="same"))
+    assert counts == (multiply_adds, 2 * multiply_adds)
+
+
+def test_gates():
+    """The norm inside counts, activations and products do not."""
+    x = torch.randn(B, 5, 2, 8)
+    assert both(lambda: locality_gate(x, x, x, torch.ones(8))) == (4 * B * 5 * 16,) * 2
+    assert both(lambda: swiglu(x)) == (0, 0)
 
 
 def test_counts_of_modules_add_up():

@@ -212,6 +212,15 @@ class TestLibraries:
         loaded = mmvssm.get_model(name, checkpoint=tmp_path / "det.pth", arch=arch)
         assert all(torch.equal(v, source.state_dict()[k]) for k, v in loaded.state_dict().items())
 
+    def test_backbone_of_a_classifier_with_class_token_gives_maps(self):
+        small = dict(embed_dims=8, depth=2, patch_size=8)
+        net = mmvssm.get_backbone("vim-tiny", arch=small, out_indices=(0, 1))
+        x = torch.zeros(1, 3, 16, 24)
+        with torch.no_grad():
+            assert [tuple(m.shape) for m in net(x)] == [(1, 8, 2, 3)] * 2
+            net = mmvssm.get_backbone("vim-tiny", arch=small, out_indices=(1,), out_type="cls_token")
+            assert [tuple(m.shape) for m in net(x)] == [(1, 8)]
+
     def test_backbone_of_a_detector(self):
         net = mmvssm.get_backbone("mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco", arch=GENERATIONS["v2"])
         assert net.out_indices == (0, 1, 2, 3)

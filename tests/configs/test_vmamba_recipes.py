@@ -48,6 +48,7 @@ def config(stem: str):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_imagenet_recipe(arch):
     cfg = config(f"vmamba-{arch}_8xb128_in1k")
+    assert cfg.optim_wrapper.type == "AmpOptimWrapper"
     assert cfg.model.backbone == dict(
         type="mmvssm.VMamba", arch=arch, drop_path_rate=CLASSIFICATION_DROP_PATH[arch], out_indices=(3,)
     )
@@ -150,7 +151,7 @@ def test_metafile_entry(entry):
 def test_metafile_covers_what_is_published():
     names = [entry["Name"] for entry in METAFILE]
     assert len(names) == len(set(names)) == 32
-    assert yaml.safe_load((ROOT / "model-index.yml").read_text())["Import"] == ["configs/vmamba/metafile.yml"]
+    assert "configs/vmamba/metafile.yml" in yaml.safe_load((ROOT / "model-index.yml").read_text())["Import"]
 
 
 def test_readme_links_exist():

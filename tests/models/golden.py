@@ -1,27 +1,16 @@
 """Builds VMamba from a golden's key file and official hyperparameters, filled as the reference was."""
 
-import importlib.util
 import json
-from functools import cache
 
 import numpy as np
 import torch
 
 from mmvssm.checkpoints import convert_official
 from mmvssm.models import VMamba
-from tests.helpers import shared_dir
+from tests.helpers import golden_fill, shared_dir
 
 STEM = {"v1": "patch", "v2": "conv"}
 DOWNSAMPLE = {"v1": "merge", "v2": "conv2", "v3": "conv3"}
-
-
-@cache
-def golden_fill():
-    """The module that makes the deterministic weights and images."""
-    spec = importlib.util.spec_from_file_location("golden_fill", shared_dir("golden", "fill.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def read_keys(variant: str) -> dict:

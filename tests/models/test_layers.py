@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from mmvssm.models.layers import DropPath, PatchMerging, build_activation, conv_channel_last, drop_path_rates
+from mmvssm.models.layers import (
+    DropPath,
+    LocalityGate,
+    PatchMerging,
+    SwiGLU,
+    build_activation,
+    conv_channel_last,
+    drop_path_rates,
+    swiglu_width,
+)
 from mmvssm.models.mixers.ssm_init import init_A_log_, init_D_, init_dt_proj_, init_x_proj_, inverse_softplus
 
 
@@ -37,6 +46,18 @@ def test_drop_path_keeps_the_mean():
     assert (out == out[:, :1, :1]).all()  # a sample is dropped as a whole
     assert out.mean() == pytest.approx(1, abs=0.05)
     assert drop.eval()(out) is out
+
+
+def test_factors_of_drop_path():
+    """The same as :meth:`DropPath.forward`, as factors for an operator that multiplies by itself."""
+    drop = DropPath(0.25).train()
+    scale = drop.sample_scale(torch.ones(4000, 2, dtype=torch.bfloat16))
+    assert scale.shape == (4000,)
+    assert scale.dtype == torch.float32
+    assert scale.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert scale.mean() == pytest.approx(1, abs=0.05)
+    assert drop.eval().sample_scale(scale) is None
+    assert DropPath(0.0).train().sample_scale(scale) is None
 
 
 def test_drop_path_rates():
@@ -70,3 +91,29 @@ def test_scan_initialisation(dtype):
     assert steps.max() <= 0.102
     assert init_x_proj_(torch.empty(4, 5, 16, dtype=dtype)).abs().max() <= 0.25
     assert (init_D_(torch.empty(8, dtype=dtype)) == 1).all()
+
+
+def test_swiglu_widths():
+    """Those of the released weights: multiples of 256 in the plain family, of 32 in the pyramid."""
+    assert [swiglu_width(C, 256) for C in (192, 384, 768)] == [512, 1024, 2048]
+    assert [swiglu_width(C, 32) for C in (96, 192, 384, 768)] == [256, 512, 1024, 2048]
+    assert [swiglu_width(C, 32) for C in (128, 256, 512, 1024)] == [352, 704, 1376, 2752]
+
+
+def test_swiglu():
+    mlp, x = SwiGLU(6, 8), torch.randn(2, 5, 7, 6)
+    a, b = mlp.fc1(x)[..., :8], mlp.fc1(x)[..., 8:]
+    torch.testing.assert_close(mlp(x), mlp.fc2(nn.functional.silu(a) * b))
+
+
+@pytest.mark.parametrize("act", [None, "silu", "gelu", "relu"])
+def test_locality_gate(act):
+    gate = LocalityGate(32, 8, eps=1e-3, act=act)
+    nn.init.normal_(gate.norm.weight)
+    nn.init.normal_(gate.bias)
+    long, x, logits = torch.randn(3, 2, 5, 4, 8).unbind()
+    s = (logits + gate.bias.view(4, 8)).sigmoid()
+    want = s * long + (1 - s) * nn.functional.rms_norm(x, (8,), gate.norm.weight, 1e-3)
+    torch.testing.assert_close(gate(long, x, logits), build_activation(act)(want))
+    with pytest.raises(ValueError, match="out_act='tanh' is not an activation"):
+        LocalityGate(32, 8, act="tanh")

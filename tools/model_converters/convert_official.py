@@ -1,6 +1,7 @@
 """Convert a checkpoint of the authors to one of this project that holds plain tensors only.
 
-    python tools/model_converters/convert_official.py SOURCE TARGET [--family vmamba] [--raw-weights]
+    python tools/model_converters/convert_official.py SOURCE TARGET [--family vmamba]
+        [--raw-weights | --averaged-weights]
 
 SOURCE is a path or URL, in any published layout and wrapper. A classification file gives `backbone.*` and `head.*`;
 detection and segmentation files keep their heads.
@@ -11,7 +12,7 @@ import sys
 from collections import Counter
 
 from mmvssm import __version__
-from mmvssm.checkpoints import convert_official, read_checkpoint, unwrap
+from mmvssm.checkpoints import convert_official, read_checkpoint
 from mmvssm.checkpoints.convert import describe_backbone
 from mmvssm.checkpoints.families import detect_family, known_families
 from mmvssm.checkpoints.publish import save_plain
@@ -22,15 +23,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("source", help="checkpoint of the authors, path or URL")
     parser.add_argument("target", help="file to write, e.g. vmamba-tiny-s1l8.pth")
     parser.add_argument("--family", choices=known_families(), help="default: recognised by the names")
-    parser.add_argument("--raw-weights", action="store_true", help="take the raw weights where averaged ones exist too")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--raw-weights", action="store_true", help="take the raw weights where averaged ones exist too")
+    which.add_argument("--averaged-weights", action="store_true", help="take the averaged ones")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        tensors = unwrap(read_checkpoint(args.source), prefer_ema=not args.raw_weights)
-        converted = convert_official(tensors, args.family)
+        # Without a wish, those of the authors' published numbers.
+        averaged = args.averaged_weights if args.averaged_weights or args.raw_weights else None
+        converted = convert_official(read_checkpoint(args.source), args.family, prefer_ema=averaged)
     except (ValueError, FileNotFoundError, ImportError) as error:
         sys.exit(f"error: {error}")
     family = detect_family({name.removeprefix("backbone.") for name in converted})
