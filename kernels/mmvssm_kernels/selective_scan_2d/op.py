@@ -95,10 +95,13 @@ def _(dy, entering, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, ba
 def _setup_context(ctx, inputs, output):
     *tensors, _, ctx.backend = inputs
     ctx.save_for_backward(output[1], *tensors)
-    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for it
 
 
 def _backward(ctx, dy, _):
+    if dy is None:
+        return (None,) * 8
     return (*torch.ops.mmvssm.selective_scan_2d_backward(dy, *ctx.saved_tensors, ctx.backend), None, None)
 
 

@@ -162,6 +162,9 @@ def selective_scan_2d_bwd_kernel(
         drate = tl.zeros((Q, C), tl.float32)
         dskip = tl.zeros((Q, C), tl.float32)
         dweight = tl.zeros((BLOCK_R, C), tl.float32)
+        # The position, too, is computed again, for the same reason on AMD GPUs.
+        i_tile = i_segment * n_tiles + tl.where(is_reverse, 0, n_tiles - 1)
+        i_outer, i_inner = i_tile // n_tiles_inner, i_tile % n_tiles_inner
         o_pixel, m_token = tile_tokens(
             i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T, FULL
         )
