@@ -15,6 +15,7 @@ from mmvssm.version import __version__
 
 if TYPE_CHECKING:
     from mmvssm.apis import get_backbone, get_model, list_models
+    from mmvssm.apis.features import extract_features
     from mmvssm.checkpoints import convert_official
 
 # Public name -> module that defines it.
@@ -22,10 +23,11 @@ _LAZY = {
     "list_models": "mmvssm.apis",
     "get_model": "mmvssm.apis",
     "get_backbone": "mmvssm.apis",
+    "extract_features": "mmvssm.apis.features",
     "convert_official": "mmvssm.checkpoints",
 }
 
-__all__ = ["__version__", "convert_official", "get_backbone", "get_model", "list_models"]
+__all__ = ["__version__", "convert_official", "extract_features", "get_backbone", "get_model", "list_models"]
 
 compat.install()
 

@@ -35,7 +35,7 @@ def selective_scan_2d_op(
     """Sum of the four directions (B, D, H, W) in ``out_dtype``, channel-last memory; the caller checks arguments.
 
     The second tensor (B, 4, segments, N, D) holds the states that enter the segments: what the Triton backend hands to
-    its backward pass. Other backends leave it uninitialised.
+    its backward pass. For other backends it is zero.
     """
     arguments = (x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
 
@@ -46,7 +46,7 @@ def selective_scan_2d_op(
 
     def torch_call():
         y = torch_scan.selective_scan_2d_forward(*arguments).to(out_dtype).contiguous().permute(0, 3, 1, 2)
-        return y, _entering_states(x, A_log)
+        return y, _entering_states(x, A_log).zero_()
 
     return dispatch.run("selective_scan_2d", backend, x, triton_call, torch_call)
 

@@ -1,0 +1,674 @@
+"""Feature export: values, geometry, files, interruption, two runs, what is refused."""
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mmvssm
+from mmvssm.apis.feature_images import Preprocessing, find_images, original_size, preprocessing_of
+from mmvssm.apis.feature_sheets import draw_sheet, energy_map, pca_map
+from mmvssm.apis.feature_store import MANIFEST, FeatureFile, FeatureStore, content_cells
+from mmvssm.apis.features import _build_backbone, _read_config, read_features, read_manifest
+from tests.helpers import ROOT
+
+ARCH = dict(embed_dims=8, depths=(1, 1, 1, 1))
+MEAN, STD = [120.0, 110.0, 100.0], [60.0, 50.0, 40.0]
+CONFIG = f"""
+default_scope = 'mmpretrain'
+data_preprocessor = dict(num_classes=2, mean={MEAN}, std={STD}, to_rgb=True)
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(type='mmvssm.VMamba', arch={ARCH}, out_indices=(1, 3), drop_path_rate=0.1,
+                  init_cfg=dict(type='Pretrained', checkpoint='https://example.org/absent.pth', prefix='backbone.')),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=2, in_channels=64),
+)
+test_pipeline = [dict(type='LoadImageFromFile'),
+                 dict(type='ResizeEdge', scale=64, edge='short', interpolation='bicubic')]
+"""
+QUICK = dict(checkpoint="random", num_workers=0, device="cpu", progress=False)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "micro.py"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Seven images of two sizes, in two folders."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "more").mkdir()
+    for i, name in enumerate(["a.png", "b.png", "c.jpg", "d.png", "more/a.png", "more/b.png", "more/c.png"]):
+        save_noise(folder / name, (40, 56) if i % 3 else (48, 32), i)
+    return folder
+
+
+def save_noise(path, size, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def contents(folder):
+    """Name -> bytes of everything that an export wrote."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock")
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+
+
+class TestValues:
+    @pytest.mark.parametrize("format", ["npz", "safetensors"])
+    def test_are_those_of_the_backbone(self, config, photos, tmp_path, format):
+        if format == "safetensors":
+            pytest.importorskip("safetensors", reason="needs safetensors")
+        summary = mmvssm.extract_features(config, photos, tmp_path / "out", format=format, **QUICK)
+        assert (summary.written, summary.reused, summary.failures) == (7, 0, {})
+        backbone = _build_backbone(_read_config(config), "random", None, torch.device("cpu"))
+        records = list(read_manifest(tmp_path / "out"))
+        assert sorted(r["image"] for r in records) == sorted(e.name for e in find_images(photos))
+        for record in records:
+            features = read_features(tmp_path / "out" / record["file"])
+            assert features.record == record
+            pixels = torch.from_numpy(np.array(Image.open(record["path"]).convert("RGB"))).permute(2, 0, 1).float()
+            x = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+            with torch.no_grad():
+                expected = backbone(x[None])
+            assert features.stages == (1, 3)
+            for stage, maps in zip(features.stages, expected, strict=True):
+                torch.testing.assert_close(features.tensors[stage], maps[0], rtol=1e-5, atol=1e-5)
+
+    def test_record(self, config, photos, tmp_path):
+        mmvssm.extract_features(config, photos / "c.jpg", tmp_path / "out", pad_divisor=32, out_indices=-1, **QUICK)
+        (record,) = read_manifest(tmp_path / "out")
+        assert record == {
+            "image": "c.jpg",
+            "path": str(photos / "c.jpg"),
+            "file": "features/c.jpg.npz",
+            "original_size": [40, 56],
+            "content_size": [40, 56],
+            "network_size": [64, 64],
+            "stages": [{"stage": 3, "stride": 32, "channels": 64, "shape": [64, 2, 2]}],
+            "pool": None,
+            "dtype": "float32",
+            "preprocessing": {
+                "mean": MEAN,
+                "std": STD,
+                "channel_order": "rgb",
+                "interpolation": "bicubic",
+                "size": None,
+                "pad_divisor": 32,
+            },
+            "model": "micro",
+            "checkpoint": "random",
+            "checkpoint_sha256": None,
+            "version": mmvssm.__version__,
+        }
+
+    def test_weights_come_from_the_checkpoint(self, config, photos, tmp_path):
+        import hashlib
+
+        backbone = _build_backbone(_read_config(config), "random", None, torch.device("cpu"))
+        state = {f"backbone.{k}": v + 0.01 if v.is_floating_point() else v for k, v in backbone.state_dict().items()}
+        file = tmp_path / "weights.pth"
+        torch.save({"state_dict": state}, file)
+        quick = {**QUICK, "checkpoint": file}
+        mmvssm.extract_features(config, photos / "a.png", tmp_path / "ours", **quick)
+        mmvssm.extract_features(config, photos / "a.png", tmp_path / "random", **QUICK)
+        ours, other = (read_features(tmp_path / f / "features/a.png.npz") for f in ("ours", "random"))
+        assert ours.record["checkpoint_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert not torch.allclose(ours.tensors[3], other.tensors[3], atol=1e-2)
+
+    def test_a_short_name_of_the_zoo(self, config, photos, tmp_path, monkeypatch):
+        from mmvssm.apis import zoo
+
+        monkeypatch.setattr(zoo, "config_path", lambda name: config if name == "vmamba-micro" else None)
+        summary = mmvssm.extract_features("vmamba-micro", photos / "a.png", tmp_path / "out", **QUICK)
+        assert summary.written == 1
+
+    @pytest.mark.parametrize(("dtype", "torch_dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+    def test_mixed_precision(self, config, photos, tmp_path, dtype, torch_dtype):
+        pytest.importorskip("safetensors", reason="needs safetensors")
+        for name, kind in (("half", dtype), ("full", "fp32")):
+            mmvssm.extract_features(
+                config, photos / "a.png", tmp_path / name, dtype=kind, format="safetensors", **QUICK
+            )
+        half, full = (read_features(tmp_path / n / "features/a.png.safetensors") for n in ("half", "full"))
+        for stage in (1, 3):
+            assert half.tensors[stage].dtype == torch_dtype
+            error = (half.tensors[stage].float() - full.tensors[stage]).abs().mean()
+            assert 0 < error < 0.05 * full.tensors[stage].abs().mean()
+
+    @pytest.mark.parametrize("pool", ["avg", "max"])
+    def test_pooling_leaves_the_padding_out(self, config, photos, tmp_path, pool):
+        common = dict(pad_divisor=128, **QUICK)
+        mmvssm.extract_features(config, photos / "a.png", tmp_path / "maps", **common)
+        mmvssm.extract_features(config, photos / "a.png", tmp_path / "pooled", pool=pool, **common)
+        maps, pooled = (read_features(tmp_path / f / "features/a.png.npz") for f in ("maps", "pooled"))
+        assert maps.tensors[1].shape[1:] == (16, 16)
+        cells = maps.tensors[1][:, :6, :4].flatten(1)  # 48 x 32 pixels at stride 8
+        torch.testing.assert_close(pooled.tensors[1], cells.mean(1) if pool == "avg" else cells.amax(1))
+        with pytest.raises(ValueError, match="stage 1 is pooled"):
+            pooled.content(1)
+
+    def test_loading_by_workers_changes_nothing(self, config, photos, tmp_path):
+        for name, workers in (("here", 0), ("there", 2)):
+            mmvssm.extract_features(config, photos, tmp_path / name, **{**QUICK, "num_workers": workers})
+        assert contents(tmp_path / "here") == contents(tmp_path / "there")
+
+
+class TestGeometry:
+    FILE = FeatureFile(
+        dict(
+            original_size=[100, 200],
+            content_size=[50, 120],
+            network_size=[64, 128],
+            stages=[dict(stage=0, stride=16)],
+            pool=None,
+        ),
+        {0: torch.zeros(3, 4, 8)},
+    )
+
+    def test_sizes(self):
+        assert self.FILE.scale == (0.6, 0.5)
+        assert self.FILE.padding == (14, 8)
+        assert self.FILE.content(0).shape == (3, 4, 8)
+        assert content_cells((13, 19), (200, 300), 16) == (13, 19)
+        assert content_cells((8, 8), (33, 32), 16) == (3, 2)
+
+    def test_points_and_boxes(self):
+        points = torch.tensor([[60.0, 25.0], [120.0, 50.0]])
+        assert self.FILE.to_original(points).tolist() == [[pytest.approx(100), 50], [pytest.approx(200), 100]]
+        torch.testing.assert_close(self.FILE.to_network(self.FILE.to_original(points)), points)
+        boxes = self.FILE.cell_boxes(0)
+        assert boxes.shape == (4, 8, 4)
+        assert boxes[0, 1].tolist() == pytest.approx([16 / 0.6, 0, 32 / 0.6, 32])
+        with pytest.raises(ValueError, match=r"2 \(x, y\) or 4"):
+            self.FILE.to_original(torch.zeros(3))
+        with pytest.raises(ValueError, match=r"stage must be one of \(0,\), got 2"):
+            self.FILE.cell_boxes(2)
+
+    @pytest.mark.parametrize(
+        ("size", "divisor", "content", "network"),
+        [(None, 1, (30, 45), (30, 45)), (60, 32, (60, 90), (64, 96)), ((20, 25), 1, (20, 25), (20, 25))],
+    )
+    def test_size_policy(self, size, divisor, content, network, tmp_path):
+        preprocessing = Preprocessing((0.0,) * 3, (1.0,) * 3, "rgb", size=size, pad_divisor=divisor)
+        save_noise(tmp_path / "a.png", (30, 45))
+        pixels, original = preprocessing.load(tmp_path / "a.png")
+        assert original == (30, 45)
+        assert pixels.shape[1:] == preprocessing.content_size(30, 45) == content
+        x = preprocessing.to_input(pixels[None])
+        assert x.shape[2:] == preprocessing.network_size(30, 45) == network
+        assert (x[..., content[0] :, :] == 0).all()
+        assert (x[..., content[1] :] == 0).all()
+        assert torch.equal(x[0, :, : content[0], : content[1]], pixels.float())
+
+
+class TestPreprocessing:
+    @pytest.mark.parametrize(
+        ("text", "order", "mean", "divisor"),
+        [
+            ("model = dict(data_preprocessor=dict(mean=[1, 2, 3], std=[1, 1, 1]))", "bgr", (1, 2, 3), 1),
+            (
+                "data_preprocessor = dict(mean=[1, 2, 3], std=[1, 1, 1], bgr_to_rgb=True, pad_size_divisor=32)\n"
+                "model = dict(data_preprocessor=dict(mean=[4, 5, 6]))",
+                "rgb",
+                (4, 5, 6),
+                32,
+            ),
+            ("model = dict(data_preprocessor=dict(bgr_to_rgb=True))", "rgb", None, 1),
+            (
+                "model = dict()\ntest_dataloader = dict(dataset=dict(dataset=dict(pipeline=[dict(type='Wrapper',"
+                " transforms=[dict(type='Normalize', mean=[7, 8, 9], std=[1, 1, 1])])])))",
+                "rgb",
+                (7, 8, 9),
+                1,
+            ),
+        ],
+    )
+    def test_comes_from_the_config(self, tmp_path, text, order, mean, divisor):
+        from mmengine.config import Config
+
+        (tmp_path / "c.py").write_text(text)
+        found = preprocessing_of(Config.fromfile(tmp_path / "c.py"))
+        assert (found.channel_order, found.mean, found.pad_divisor) == (order, mean, divisor)
+
+    def test_config_without_any(self, tmp_path):
+        from mmengine.config import Config
+
+        (tmp_path / "c.py").write_text("model = dict()")
+        with pytest.raises(ValueError, match=r"c\.py says nothing of preprocessing"):
+            preprocessing_of(Config.fromfile(tmp_path / "c.py"))
+
+    def test_channel_order(self, tmp_path):
+        pixels = save_noise(tmp_path / "a.png", (4, 5))
+        for order, expected in (("rgb", pixels), ("bgr", pixels[..., ::-1])):
+            loaded, _ = Preprocessing(None, None, order).load(tmp_path / "a.png")
+            assert (loaded.permute(1, 2, 0).numpy() == expected).all()
+
+    def test_same_pixels_as_opencv(self, tmp_path):
+        """What the libraries load: turned upright, 16 bits halved, transparency and grey made three channels."""
+        cv2 = pytest.importorskip("cv2", reason="needs OpenCV")
+        y, x = np.mgrid[:24, :40]
+        smooth = np.stack([6 * x, 10 * y, 3 * (x + y)], -1).astype(np.uint8)
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(smooth).save(tmp_path / "turned.jpg", exif=exif, quality=95, subsampling=0)
+        Image.fromarray((smooth[..., 0].astype(np.uint16) << 8) + 77).save(tmp_path / "deep.png")
+        Image.fromarray(np.dstack([smooth, smooth[..., :1]])).save(tmp_path / "alpha.png")
+        Image.fromarray(smooth[..., 0]).save(tmp_path / "grey.png")
+        for name in ("turned.jpg", "deep.png", "alpha.png", "grey.png"):
+            loaded, size = Preprocessing(None, None, "bgr").load(tmp_path / name)
+            expected = cv2.imread(str(tmp_path / name), cv2.IMREAD_COLOR)
+            assert size == original_size(str(tmp_path / name)) == expected.shape[:2]
+            # Decoders of JPEG may round differently.
+            assert np.abs(loaded.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 2 * name.endswith("jpg")
+
+
+class TestInput:
+    def test_pattern_list_and_single(self, photos):
+        assert [e.name for e in find_images(str(photos / "**" / "a.png"))] == ["a.png", "more/a.png"]
+        listed = [photos / "more" / "b.png", photos / "a.png"]
+        assert [e.name for e in find_images(listed)] == ["more/b.png", "a.png"]
+        assert [e.name for e in find_images(photos / "more" / "b.png")] == ["b.png"]
+
+    def test_coco(self, config, photos, tmp_path):
+        file = tmp_path / "instances.json"
+        file.write_text(json.dumps({"images": [{"file_name": "more/c.png"}, {"file_name": "a.png"}]}))
+        summary = mmvssm.extract_features(config, file, tmp_path / "out", image_root=photos, **QUICK)
+        assert summary.written == 2
+        assert [r["image"] for r in read_manifest(tmp_path / "out")] == ["more/c.png", "a.png"]
+
+    @pytest.mark.parametrize(
+        ("text", "error", "sentence"),
+        [
+            ("[]", ValueError, "is no COCO file"),
+            ("{", ValueError, "is no COCO file"),
+            ('{"images": [{"file_name": "../a.png"}]}', ValueError, "inside image_root"),
+            ('{"images": []}', FileNotFoundError, "no images"),
+        ],
+    )
+    def test_bad_coco(self, tmp_path, text, error, sentence):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(error, match=sentence):
+            find_images(tmp_path / "a.json")
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no images in"):
+            find_images(tmp_path)
+        with pytest.raises(FileNotFoundError, match="no images in"):
+            find_images(tmp_path / "absent.jpg")
+        with pytest.raises(FileNotFoundError, match="no COCO file"):
+            find_images(tmp_path / "absent.json")
+        save_noise(tmp_path / "a.png", (4, 4))
+        with pytest.raises(ValueError, match=r"image_root=.* is for COCO files"):
+            find_images(tmp_path, image_root=tmp_path)
+
+    def test_output_inside_the_input(self, config, tmp_path):
+        save_noise(tmp_path / "a.png", (32, 32))
+        for reused in (0, 1):
+            summary = mmvssm.extract_features(config, tmp_path, tmp_path / "out", visualize=True, **QUICK)
+            assert (summary.written, summary.reused) == (1 - reused, reused)
+
+
+class TestFailures:
+    def test_unreadable_images_are_passed_over(self, config, photos, tmp_path):
+        folder = tmp_path / "in"
+        folder.mkdir()
+        save_noise(folder / "good.png", (40, 56))
+        whole = (photos / "c.jpg").read_bytes()
+        (folder / "half.jpg").write_bytes(whole[: len(whole) // 2])  # its header is fine
+        (folder / "text.png").write_text("no image")
+        (folder / "empty.jpg").touch()
+        summary = mmvssm.extract_features(config, folder, tmp_path / "out", **{**QUICK, "num_workers": 1})
+        assert summary.written == 1
+        assert sorted(summary.failures) == ["empty.jpg", "half.jpg", "text.png"]
+        assert "truncated" in summary.failures["half.jpg"]
+        lines = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
+        assert {json.loads(line)["image"] for line in lines} == set(summary.failures)
+
+        (folder / "half.jpg").write_bytes(whole)
+        again = mmvssm.extract_features(config, folder, tmp_path / "out", **QUICK)
+        assert (again.written, again.reused, sorted(again.failures)) == (1, 1, ["empty.jpg", "text.png"])
+
+    def test_features_that_are_not_finite(self, config, photos, tmp_path, monkeypatch):
+        from mmvssm.apis import features
+
+        def forward(items, *args):
+            size, maps = original(items, *args)
+            maps[1] = maps[1].clone()  # was made in inference mode
+            maps[1][0, 0, 0, 0] = float("inf")
+            return size, maps
+
+        original = features._forward
+        monkeypatch.setattr(features, "_forward", forward)
+        summary = mmvssm.extract_features(config, photos / "a.png", tmp_path / "out", **QUICK)
+        assert summary.failures == {"a.png": "features of stage 3 are not finite in float32"}
+        assert not list(read_manifest(tmp_path / "out"))
+
+    def test_size_that_the_network_refuses(self, config, tmp_path, monkeypatch):
+        from mmvssm.models import VMamba
+
+        def forward(self, x):
+            self.check_input(x, min_size=16)
+            return original(self, x)
+
+        original = VMamba.forward
+        monkeypatch.setattr(VMamba, "forward", forward)
+        save_noise(tmp_path / "a.png", (3, 40))
+        save_noise(tmp_path / "b.png", (32, 40))
+        summary = mmvssm.extract_features(config, tmp_path, tmp_path / "out", **QUICK)
+        assert summary.written == 1
+        assert "at least 16 x 16 pixels, got 3 x 40" in summary.failures["a.png"]
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Rounding may depend on the number of threads; the started export has one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# An export that is slow enough to be hit.
+SLOW = """
+import os, sys, time
+import mmvssm
+from mmvssm.apis import feature_store, features
+write = feature_store.FeatureStore.write
+def slow(self, *args):
+    time.sleep(0.1)
+    write(self, *args)
+    print("wrote", flush=True)
+feature_store.FeatureStore.write = slow
+features.extract_features(*sys.argv[1:4], "random", batch_size=3, num_workers=1, device="cpu", progress=False)
+"""
+
+
+def start_export(config, photos, out):
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW, config, photos, out],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+
+class TestInterruption:
+    def test_killed_and_continued(self, config, photos, tmp_path):
+        """While it runs no other run is let in; then it is killed. Continued, it ends up byte-identical."""
+        quick = {**QUICK, "num_workers": 1, "batch_size": 3}
+        with one_thread():
+            mmvssm.extract_features(config, photos, tmp_path / "whole", **quick)
+        out = tmp_path / "killed"
+        process = start_export(config, photos, out)
+        try:
+            assert process.stdout.readline() == "wrote\n"
+            process.send_signal(signal.SIGSTOP)
+            with pytest.raises(ValueError, match=r"Another run is writing into .*killed; wait for it"):
+                mmvssm.extract_features(config, photos, out, **quick)
+            process.send_signal(signal.SIGCONT)
+            assert process.stdout.readline() == "wrote\n"
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        finished = len(list(read_manifest(out)))
+        assert 2 <= finished < 7
+        with one_thread():
+            summary = mmvssm.extract_features(config, photos, out, **quick)
+        assert (summary.reused, summary.written) == (finished, 7 - finished)
+        assert contents(out) == contents(tmp_path / "whole")
+
+    @pytest.mark.parametrize("step", range(12))
+    def test_dying_at_any_step(self, config, photos, tmp_path, monkeypatch, step):
+        """The process dies before its n-th rename or line of the manifest, or half way through that line."""
+        mmvssm.extract_features(config, photos, tmp_path / "whole", batch_size=3, **QUICK)
+        out = tmp_path / "cut"
+        count = iter(range(10**6))
+
+        class Died(BaseException):
+            pass
+
+        def die_now():
+            if next(count) == step:
+                raise Died
+
+        class Manifest:
+            def __init__(self, file):
+                self.file = file
+
+            def write(self, line):
+                self.file.write(line[: len(line) // 2])
+                self.file.flush()
+                die_now()
+                self.file.write(line[len(line) // 2 :])
+
+            def __getattr__(self, name):
+                return getattr(self.file, name)
+
+        def open_and_wrap(self):
+            opened(self)
+            self._manifest = Manifest(self._manifest)
+
+        def replace(source, target):
+            die_now()
+            renamed(source, target)
+
+        opened, renamed = FeatureStore._open, os.replace
+        with monkeypatch.context() as patch:
+            patch.setattr(FeatureStore, "_open", open_and_wrap)
+            patch.setattr("mmvssm.apis.feature_store.os.replace", replace)
+            with pytest.raises(Died):
+                mmvssm.extract_features(config, photos, out, batch_size=3, **QUICK)
+        if step > 1:
+            for path in out.rglob("*.npz"):
+                read_features(path)  # whole, whatever happened
+        mmvssm.extract_features(config, photos, out, batch_size=3, **QUICK)
+        assert contents(out) == contents(tmp_path / "whole")
+
+    def test_nothing_is_computed_again(self, config, photos, tmp_path, monkeypatch):
+        from mmvssm.apis import features
+
+        mmvssm.extract_features(config, photos, tmp_path / "out", **QUICK)
+        before = contents(tmp_path / "out")
+        monkeypatch.setattr(features, "_forward", None)
+        summary = mmvssm.extract_features(config, photos, tmp_path / "out", **QUICK)
+        assert (summary.written, summary.reused) == (0, 7)
+        assert contents(tmp_path / "out") == before
+
+    def test_removed_file_is_made_again(self, config, photos, tmp_path):
+        mmvssm.extract_features(config, photos, tmp_path / "out", **QUICK)
+        before = (tmp_path / "out" / "features" / "a.png.npz").read_bytes()
+        (tmp_path / "out" / "features" / "a.png.npz").unlink()
+        assert mmvssm.extract_features(config, photos, tmp_path / "out", **QUICK).written == 1
+        assert (tmp_path / "out" / "features" / "a.png.npz").read_bytes() == before
+        assert len(list(read_manifest(tmp_path / "out"))) == 7
+
+
+class TestFolder:
+    def test_two_runs_of_one_process(self, tmp_path):
+        with FeatureStore(tmp_path / "out", {}, "npz"):
+            with pytest.raises(ValueError, match="Another run is writing"):
+                FeatureStore(tmp_path / "out", {}, "npz").__enter__()
+            with FeatureStore(tmp_path / "other", {}, "npz"):
+                pass
+        with FeatureStore(tmp_path / "out", {}, "npz"):
+            pass
+
+    def test_file_system_without_locks(self, tmp_path, monkeypatch):
+        fcntl = pytest.importorskip("fcntl", reason="needs a POSIX system")
+
+        def lockf(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "lockf", lockf)
+        with pytest.raises(OSError, match=r"out cannot be locked \(No locks available\)"):
+            FeatureStore(tmp_path / "out", {}, "npz").__enter__()
+
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            (dict(out_indices=(0, 3)), r"stages is \[1, 3\] there, \[0, 3\] now"),
+            (dict(size=32), "preprocessing is"),
+            (dict(batch_size=4), "batch_size is 8 there, 4 now"),
+            (dict(dtype="fp16"), "dtype is 'float32' there, 'float16' now"),
+        ],
+    )
+    def test_other_settings(self, config, photos, tmp_path, change, sentence):
+        mmvssm.extract_features(config, photos / "a.png", tmp_path / "out", **QUICK)
+        before = contents(tmp_path / "out")
+        with pytest.raises(ValueError, match=rf"out holds features of other settings .*{sentence}.*another folder"):
+            mmvssm.extract_features(config, photos / "a.png", tmp_path / "out", **{**QUICK, **change})
+        assert contents(tmp_path / "out") == before
+
+    def test_other_images_of_the_same_name(self, config, photos, tmp_path):
+        mmvssm.extract_features(config, photos / "a.png", tmp_path / "out", **QUICK)
+        with pytest.raises(ValueError, match=r"holds features of .* under the name a\.png"):
+            mmvssm.extract_features(config, photos / "more" / "a.png", tmp_path / "out", **QUICK)
+
+    def test_folder_of_something_else(self, config, photos, tmp_path):
+        (tmp_path / "thesis.txt").touch()
+        with pytest.raises(ValueError, match=r"holds other files \(thesis\.txt"):
+            mmvssm.extract_features(config, photos, tmp_path, **QUICK)
+        assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+        with pytest.raises(ValueError, match="is a file; give a folder"):
+            mmvssm.extract_features(config, photos, tmp_path / "thesis.txt", **QUICK)
+
+
+BAD_ARGUMENTS = {
+    "format": (dict(format="hdf5"), "format must be one of 'npz', 'safetensors', got 'hdf5'"),
+    "dtype": (dict(dtype="int8"), "dtype must be one of 'fp32', 'fp16', 'bf16', got 'int8'"),
+    "pool": (dict(pool="sum"), "pool must be one of None, 'avg', 'max', got 'sum'"),
+    "bf16 as npz": (dict(dtype="bf16"), "use format='safetensors'"),
+    "pooled sheets": (dict(pool="avg", visualize=True), "needs maps, but pool='avg'"),
+    "batch size": (dict(batch_size=0), "batch_size must be an integer of at least 1, got 0"),
+    "workers": (dict(num_workers=-1), "num_workers must be an integer of at least 0, got -1"),
+    "divisor": (dict(pad_divisor=0), "pad_divisor must be a positive integer or None, got 0"),
+    "size": (dict(size=(1, 2, 3)), r"size must be None, a positive integer or a pair .* got \(1, 2, 3\)"),
+    "no size": (dict(size=0), "size must be None, .* got 0"),
+    "stages": (dict(out_indices=(0, 4)), r"out_indices=\(0, 4\) must hold stages in -4\.\.3"),
+    "no device": (dict(device="gpu"), "device must be such as 'cpu' or 'cuda:0', got 'gpu'"),
+    "absent device": (dict(device="cuda:99"), r"device='cuda:99': torch finds \d+ CUDA GPUs here"),
+    "no checkpoint": (dict(checkpoint=None), "checkpoint must be a path or URL of weights, or 'random'"),
+}
+
+
+class TestRefused:
+    @pytest.mark.parametrize("case", BAD_ARGUMENTS)
+    def test_bad_arguments(self, config, photos, tmp_path, case):
+        change, sentence = BAD_ARGUMENTS[case]
+        with pytest.raises(ValueError, match=sentence):
+            mmvssm.extract_features(config, photos, tmp_path / "out", **{**QUICK, **change})
+        assert not (tmp_path / "out").exists()
+
+    def test_missing_files(self, config, photos, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint .*absent\.pth"):
+            mmvssm.extract_features(config, photos, tmp_path / "out", **{**QUICK, "checkpoint": "absent.pth"})
+        with pytest.raises(FileNotFoundError, match=r"no config file absent\.py"):
+            mmvssm.extract_features("absent.py", photos, tmp_path / "out", **QUICK)
+        with pytest.raises(ValueError, match="There is no model named 'vmamba-tiny-s1l9'; did you mean"):
+            mmvssm.extract_features("vmamba-tiny-s1l9", photos, tmp_path / "out", **QUICK)
+
+    def test_reading_what_is_no_feature_file(self, tmp_path):
+        with pytest.raises(ValueError, match=r"path must end in \.npz or \.safetensors"):
+            read_features(tmp_path / "a.pth")
+        with pytest.raises(FileNotFoundError, match="no feature file"):
+            read_features(tmp_path / "a.npz")
+        np.savez(tmp_path / "a.npz", x=np.zeros(3))
+        (tmp_path / "b.npz").write_bytes(b"PK")
+        (tmp_path / "c.safetensors").write_bytes(b"abc")
+        for name in ("a.npz", "b.npz", "c.safetensors"):
+            with pytest.raises(ValueError, match="is no feature file, or damaged"):
+                read_features(tmp_path / name)
+        with pytest.raises(FileNotFoundError, match=f"holds no features: {MANIFEST}"):
+            read_manifest(tmp_path)
+
+
+class TestSheets:
+    def record(self, shape, **changes):
+        stage = dict(stage=2, stride=8, channels=shape[0], shape=list(shape))
+        return dict(
+            image="a.png",
+            original_size=[40, 56],
+            content_size=[40, 56],
+            network_size=[64, 64],
+            stages=[stage],
+            pool=None,
+            model="micro",
+            checkpoint_sha256=None,
+            dtype="float32",
+        ) | changes  # fmt: skip
+
+    def test_are_drawn_once(self, config, photos, tmp_path):
+        mmvssm.extract_features(config, photos / "*.png", tmp_path / "out", **QUICK)
+        mmvssm.extract_features(config, photos / "*.png", tmp_path / "out", visualize=True, **QUICK)
+        sheets = sorted(p.name for p in (tmp_path / "out" / "sheets").iterdir())
+        assert sheets == ["a.png.png", "b.png.png", "d.png.png"]
+        times = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "sheets").iterdir()}
+        time.sleep(0.02)
+        mmvssm.extract_features(config, photos / "*.png", tmp_path / "out", visualize=True, **QUICK)
+        assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "sheets").iterdir()}
+        with Image.open(tmp_path / "out" / "sheets" / "a.png.png") as sheet:
+            assert sheet.mode == "RGB"
+            assert sheet.width > 3 * 224
+            assert sheet.height > 2 * 240  # 48 x 32, enlarged five times
+
+    def test_energy_is_where_the_activation_is(self):
+        maps = torch.full((4, 8, 8), 0.1)
+        maps[:, 1, 5] = 3.0
+        maps[:, 6:] = 100.0  # in the padding, which does not count
+        energy, name, least, most = energy_map(FeatureFile(self.record((4, 8, 8)), {2: maps}), 2)
+        assert energy.shape == (40, 56)
+        assert (name, least, most) == ("energy", pytest.approx(0.1), pytest.approx(3.0))
+        y, x = divmod(energy.argmax().item(), 56)
+        assert (y // 8, x // 8) == (1, 5)
+        assert energy.max() <= 1
+        assert energy[30:, :30].max() < 0.01
+
+    def test_energy_behind_a_layer_norm(self):
+        maps = torch.ones(4, 8, 8)
+        maps[::2] = -1.0
+        maps[:, 2, 2] *= -1
+        energy, name, _, _ = energy_map(FeatureFile(self.record((4, 8, 8)), {2: maps}), 2)
+        assert name == "energy around the mean"
+        y, x = divmod(energy.argmax().item(), 56)
+        assert (y // 8, x // 8) == (2, 2)
+
+    def test_components_separate_regions(self):
+        maps = torch.zeros(6, 8, 8)
+        maps[0, :, :4] = 1.0
+        maps[1, :3] = 0.5
+        components, share = pca_map(FeatureFile(self.record((6, 8, 8)), {2: maps}), 2)
+        assert components.shape == (3, 40, 56)
+        assert share == pytest.approx(1.0)
+        corners = [components[:, y, x] for y in (4, 36) for x in (4, 52)]
+        assert all((a - b).abs().max() > 0.4 for i, a in enumerate(corners) for b in corners[:i])
+        assert ((components >= 0) & (components <= 1)).all()
+
+    @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (5, 1, 2)])
+    def test_tiny_maps(self, shape):
+        record = self.record(shape, network_size=[8, 16], content_size=[8, 16], original_size=[8, 16])
+        sheet = draw_sheet(torch.zeros(3, 8, 16, dtype=torch.uint8), FeatureFile(record, {2: torch.randn(shape)}))
+        assert np.isfinite(np.asarray(sheet)).all()
+        assert sheet.height > 2 * 112
+
+    def test_large_images_are_reduced(self):
+        record = self.record((3, 4, 250), network_size=[32, 2000], content_size=[32, 2000], original_size=[32, 2000])
+        image = torch.zeros(3, 32, 2000, dtype=torch.uint8)
+        assert 2 * 1024 <= draw_sheet(image, FeatureFile(record, {2: torch.randn(3, 4, 250)})).width < 2 * 1100
