@@ -1,6 +1,7 @@
 """The MambaVision backbone: surface, windows, sizes, training. Reference outputs are in test_mambavision_golden.py."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -11,6 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmvssm.models import MambaVision
 from mmvssm.models.layers import WindowGrid, merge_windows, partition_windows
 from mmvssm.models.mixers import MambaVisionMixer, SelfAttention, mambavision
+
+from .common import (
+    check_batch_independence,
+    check_checkpointing,
+    check_checkpointing_stores_less,
+    check_state_dict_round_trip,
+    image,
+    total,
+)
 
 # Measured on the published networks, with the classifier of 1000 classes.
 PARAMETERS = {
@@ -52,14 +62,6 @@ def make(name="plain", **kwargs) -> MambaVision:
 
 def batch_norms(net):
     return [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-
-
-def image(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def total(outs):
-    return sum((out * image(*out.shape, seed=i)).sum() for i, out in enumerate(outs))
 
 
 @pytest.fixture(params=SMALL)
@@ -250,10 +252,7 @@ def test_output_norms(out_norm, out_indices, names):
 
 @torch.no_grad()
 def test_batch_independence(name):
-    net = make(name).eval()
-    x = image(3, 3, 40, 56)
-    for together, alone in zip(net(x), net(x[1:2]), strict=True):
-        torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
+    check_batch_independence(make(name).eval())
 
 
 @torch.no_grad()
@@ -385,15 +384,7 @@ def test_stages_after_the_last_output_hold_no_gradients():
 
 
 def test_checkpointing_gives_the_same_values_and_gradients(name):
-    plain, saving = make(name, drop_path_rate=0.5).train(), make(name, drop_path_rate=0.5, with_cp=True).train()
-    results = []
-    for net in (plain, saving):
-        x = image(4, 3, 64, 48).requires_grad_()
-        torch.manual_seed(7)  # the same branches are dropped
-        outs = net(x)
-        total(outs).backward()
-        results.append((outs, x.grad, [p.grad for p in net.parameters()], list(net.buffers())))
-    torch.testing.assert_close(results[0], results[1])
+    _, saving = check_checkpointing(functools.partial(make, name), (64, 48))
     assert all(int(norm.num_batches_tracked) == 1 for norm in batch_norms(saving))
 
 
@@ -404,14 +395,7 @@ def test_checkpointing_behind_a_frozen_stem():
 
 
 def test_checkpointing_stores_less():
-    def stored(with_cp):
-        sizes = []
-        net = make(with_cp=with_cp).train()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            net(image(2, 3, 64, 64))
-        return sum(sizes)
-
-    assert stored(True) < 0.7 * stored(False)
+    check_checkpointing_stores_less(make)
 
 
 @pytest.mark.parametrize("out_norm", ["ln", "bn", "none"])
@@ -461,11 +445,7 @@ def test_drop_path_drops_windows_one_by_one():
 
 def test_state_dict_round_trip(tmp_path, name):
     net, other = make(name).eval(), MambaVision(SMALL[name]).eval()
-    torch.save(net.state_dict(), tmp_path / "net.pth")
-    other.load_state_dict(torch.load(tmp_path / "net.pth", weights_only=True), strict=True)
-    x = image(1, 3, 32, 48)
-    for a, b in zip(net(x), other(x), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    check_state_dict_round_trip(net, other, tmp_path)
 
 
 @torch.no_grad()

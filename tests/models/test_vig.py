@@ -1,6 +1,7 @@
 """The ViG and ViG-H backbones: surface, sizes, training behaviour. Reference outputs are in test_vig_golden.py."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -10,6 +11,15 @@ from torch import nn
 from mmvssm.models import ViG, ViGH
 from mmvssm.models.backbones import vig
 from mmvssm.models.mixers import BidirectionalGLA, bidirectional_gla
+
+from .common import (
+    check_batch_independence,
+    check_checkpointing,
+    check_checkpointing_stores_less,
+    check_state_dict_round_trip,
+    image,
+    total,
+)
 
 # Published parameter counts, with the classifier of 1000 classes.
 PARAMETERS = {
@@ -39,14 +49,6 @@ def make(name="pyramid", **kwargs):
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return net
-
-
-def image(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def total(outs):
-    return sum((out * image(*out.shape, seed=i)).sum() for i, out in enumerate(outs))
 
 
 @pytest.fixture(params=SMALL)
@@ -153,10 +155,7 @@ def test_final_norm_is_for_the_last_block_alone():
 
 @torch.no_grad()
 def test_batch_independence(name):
-    net = make(name).eval()
-    x = image(3, 3, 40, 56)
-    for together, alone in zip(net(x), net(x[1:2]), strict=True):
-        torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
+    check_batch_independence(make(name).eval())
 
 
 @torch.no_grad()
@@ -262,15 +261,7 @@ def test_parts_after_the_last_output_hold_no_gradients(name):
 
 
 def test_checkpointing_gives_the_same_values_and_gradients(name):
-    plain, saving = make(name, drop_path_rate=0.5).train(), make(name, drop_path_rate=0.5, with_cp=True).train()
-    results = []
-    for net in (plain, saving):
-        x = image(4, 3, 32, 48).requires_grad_()
-        torch.manual_seed(7)  # the same branches are dropped
-        outs = net(x)
-        total(outs).backward()
-        results.append((outs, x.grad, [p.grad for p in net.parameters()]))
-    torch.testing.assert_close(results[0], results[1])
+    check_checkpointing(functools.partial(make, name))
 
 
 def test_checkpointing_behind_a_frozen_stem(name):
@@ -280,14 +271,7 @@ def test_checkpointing_behind_a_frozen_stem(name):
 
 
 def test_checkpointing_stores_less(name):
-    def stored(with_cp):
-        sizes = []
-        net = make(name, with_cp=with_cp).train()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            net(image(2, 3, 128, 128))
-        return sum(sizes)
-
-    assert stored(True) < 0.7 * stored(False)
+    check_checkpointing_stores_less(functools.partial(make, name), 128)
 
 
 @pytest.mark.parametrize("frozen_stages", [-1, 0, 2, 4])
@@ -360,11 +344,7 @@ def test_state_dict_round_trip(tmp_path, name):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
-    torch.save(net.state_dict(), tmp_path / "net.pth")
-    other.load_state_dict(torch.load(tmp_path / "net.pth", weights_only=True), strict=True)
-    x = image(1, 3, 32, 48)
-    for a, b in zip(net(x), other(x), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    check_state_dict_round_trip(net, other, tmp_path)
 
 
 # ---------------------------------------------------------------------- precision

@@ -1,6 +1,7 @@
 """The Vim backbone: surface, sizes, training behaviour. Reference outputs are in test_vim_golden.py."""
 
 import copy
+import functools
 import math
 import pickle
 
@@ -12,6 +13,15 @@ from torch import nn
 from mmvssm.models import Vim
 from mmvssm.models.layers import GridCache, class_indices, insert_class_rows, split_class_rows
 from mmvssm.models.mixers import BidirectionalMamba, bidirectional_mamba
+
+from .common import (
+    check_batch_independence,
+    check_checkpointing,
+    check_checkpointing_stores_less,
+    check_state_dict_round_trip,
+    image,
+    total,
+)
 
 # Published parameter counts, with the classifier of 1000 classes.
 PARAMETERS = {
@@ -44,14 +54,6 @@ def make(name="dense", arch=SMALL, **kwargs) -> Vim:
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return net
-
-
-def image(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def total(outs):
-    return sum((out * image(*out.shape, seed=i)).sum() for i, out in enumerate(outs))
 
 
 @pytest.fixture(params=VARIANTS)
@@ -179,10 +181,7 @@ def test_places_of_class_tokens(position, patches, indices):
 
 @torch.no_grad()
 def test_batch_independence(name):
-    net = make(name).eval()
-    x = image(3, 3, 40, 56)
-    for together, alone in zip(net(x), net(x[1:2]), strict=True):
-        torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
+    check_batch_independence(make(name).eval())
 
 
 @torch.no_grad()
@@ -276,15 +275,7 @@ def test_blocks_after_the_last_output_hold_no_gradients(out_norm):
 
 
 def test_checkpointing_gives_the_same_values_and_gradients(name):
-    results = []
-    for with_cp in (False, True):
-        net = make(name, drop_path_rate=0.5, with_cp=with_cp).train()
-        x = image(4, 3, 32, 48).requires_grad_()
-        torch.manual_seed(7)  # the same branches are dropped
-        outs = net(x)
-        total(outs).backward()
-        results.append((outs, x.grad, [p.grad for p in net.parameters()]))
-    torch.testing.assert_close(results[0], results[1])
+    check_checkpointing(functools.partial(make, name))
 
 
 def test_checkpointing_behind_a_frozen_stem():
@@ -294,14 +285,7 @@ def test_checkpointing_behind_a_frozen_stem():
 
 
 def test_checkpointing_stores_less():
-    def stored(with_cp):
-        sizes = []
-        net = make(with_cp=with_cp).train()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            net(image(2, 3, 64, 64))
-        return sum(sizes)
-
-    assert stored(True) < 0.7 * stored(False)
+    check_checkpointing_stores_less(make)
 
 
 @pytest.mark.parametrize("frozen_stages", [-1, 0, 2, 4])
@@ -361,11 +345,7 @@ def test_learns():
 
 def test_state_dict_round_trip(tmp_path, name):
     net, other = make(name).eval(), Vim(SMALL, **VARIANTS[name]).eval()
-    torch.save(net.state_dict(), tmp_path / "net.pth")
-    other.load_state_dict(torch.load(tmp_path / "net.pth", weights_only=True), strict=True)
-    x = image(1, 3, 32, 48)
-    for a, b in zip(net(x), other(x), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    check_state_dict_round_trip(net, other, tmp_path)
 
 
 def test_copies_are_independent():

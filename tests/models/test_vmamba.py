@@ -1,6 +1,7 @@
 """The VMamba backbone: surface, sizes, training behaviour. Reference outputs are in test_vmamba_golden.py."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -9,6 +10,15 @@ from torch import nn
 
 from mmvssm.models import VMamba
 from mmvssm.models.mixers import SS2D, ss2d
+
+from .common import (
+    check_batch_independence,
+    check_checkpointing,
+    check_checkpointing_stores_less,
+    check_state_dict_round_trip,
+    image,
+    total,
+)
 
 # Published parameter counts, with the classifier of 1000 classes.
 PARAMETERS = {
@@ -41,14 +51,6 @@ def make(name="v2", **kwargs) -> VMamba:
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return net
-
-
-def image(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def total(outs):
-    return sum((out * image(*out.shape, seed=i)).sum() for i, out in enumerate(outs))
 
 
 @pytest.fixture(params=SMALL)
@@ -141,10 +143,7 @@ def test_out_indices(given, stages):
 
 @torch.no_grad()
 def test_batch_independence(name):
-    net = make(name).eval()
-    x = image(3, 3, 40, 56)
-    for together, alone in zip(net(x), net(x[1:2]), strict=True):
-        torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
+    check_batch_independence(make(name).eval())
 
 
 @torch.no_grad()
@@ -185,15 +184,7 @@ def test_stages_after_the_last_output_hold_no_gradients():
 
 
 def test_checkpointing_gives_the_same_values_and_gradients(name):
-    plain, saving = make(name, drop_path_rate=0.5).train(), make(name, drop_path_rate=0.5, with_cp=True).train()
-    results = []
-    for net in (plain, saving):
-        x = image(4, 3, 32, 48).requires_grad_()
-        torch.manual_seed(7)  # the same branches are dropped
-        outs = net(x)
-        total(outs).backward()
-        results.append((outs, x.grad, [p.grad for p in net.parameters()]))
-    torch.testing.assert_close(results[0], results[1])
+    check_checkpointing(functools.partial(make, name))
 
 
 def test_checkpointing_behind_a_frozen_stem():
@@ -203,14 +194,7 @@ def test_checkpointing_behind_a_frozen_stem():
 
 
 def test_checkpointing_stores_less():
-    def stored(with_cp):
-        sizes = []
-        net = make(with_cp=with_cp).train()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            net(image(2, 3, 64, 64))
-        return sum(sizes)
-
-    assert stored(True) < 0.7 * stored(False)
+    check_checkpointing_stores_less(make)
 
 
 @pytest.mark.parametrize("frozen_stages", [-1, 0, 2, 4])
@@ -252,11 +236,7 @@ def test_drop_path_acts_in_training_only():
 
 def test_state_dict_round_trip(tmp_path, name):
     net, other = make(name).eval(), VMamba(SMALL[name]).eval()
-    torch.save(net.state_dict(), tmp_path / "net.pth")
-    other.load_state_dict(torch.load(tmp_path / "net.pth", weights_only=True), strict=True)
-    x = image(1, 3, 32, 48)
-    for a, b in zip(net(x), other(x), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    check_state_dict_round_trip(net, other, tmp_path)
 
 
 # ---------------------------------------------------------------------- precision
