@@ -1,13 +1,6 @@
-"""Feature export: values, geometry, files, interruption, two runs, what is refused."""
+"""Feature export: values, geometry, input, failures, what is refused."""
 
-import contextlib
-import errno
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -16,63 +9,15 @@ from PIL import Image
 
 import mmvssm
 from mmvssm.apis.feature_images import Preprocessing, find_images, original_size, preprocessing_of
-from mmvssm.apis.feature_sheets import draw_sheet, energy_map, pca_map
-from mmvssm.apis.feature_store import MANIFEST, FeatureFile, FeatureStore, content_cells
+from mmvssm.apis.feature_store import MANIFEST, FeatureFile, content_cells
 from mmvssm.apis.features import _build_backbone, _read_config, read_features, read_manifest
-from tests.helpers import ROOT
 
-ARCH = dict(embed_dims=8, depths=(1, 1, 1, 1))
-MEAN, STD = [120.0, 110.0, 100.0], [60.0, 50.0, 40.0]
-CONFIG = f"""
-default_scope = 'mmpretrain'
-data_preprocessor = dict(num_classes=2, mean={MEAN}, std={STD}, to_rgb=True)
-model = dict(
-    type='ImageClassifier',
-    backbone=dict(type='mmvssm.VMamba', arch={ARCH}, out_indices=(1, 3), drop_path_rate=0.1,
-                  init_cfg=dict(type='Pretrained', checkpoint='https://example.org/absent.pth', prefix='backbone.')),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(type='LinearClsHead', num_classes=2, in_channels=64),
-)
-test_pipeline = [dict(type='LoadImageFromFile'),
-                 dict(type='ResizeEdge', scale=64, edge='short', interpolation='bicubic')]
-"""
-QUICK = dict(checkpoint="random", num_workers=0, device="cpu", progress=False)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    path = tmp_path_factory.mktemp("config") / "micro.py"
-    path.write_text(CONFIG)
-    return path
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Seven images of two sizes, in two folders."""
-    folder = tmp_path_factory.mktemp("photos")
-    (folder / "more").mkdir()
-    for i, name in enumerate(["a.png", "b.png", "c.jpg", "d.png", "more/a.png", "more/b.png", "more/c.png"]):
-        save_noise(folder / name, (40, 56) if i % 3 else (48, 32), i)
-    return folder
-
-
-def save_noise(path, size, seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return pixels
-
-
-def contents(folder):
-    """Name -> bytes of everything that an export wrote."""
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock")
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+from .feature_inputs import MEAN, QUICK, STD, contents, save_noise
 
 
 class TestValues:
     @pytest.mark.parametrize("format", ["npz", "safetensors"])
     def test_are_those_of_the_backbone(self, config, photos, tmp_path, format):
-        if format == "safetensors":
-            pytest.importorskip("safetensors", reason="needs safetensors")
         summary = mmvssm.extract_features(config, photos, tmp_path / "out", format=format, **QUICK)
         assert (summary.written, summary.reused, summary.failures) == (7, 0, {})
         backbone = _build_backbone(_read_config(config), "random", None, torch.device("cpu"))
@@ -139,7 +84,6 @@ class TestValues:
 
     @pytest.mark.parametrize(("dtype", "torch_dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
     def test_mixed_precision(self, config, photos, tmp_path, dtype, torch_dtype):
-        pytest.importorskip("safetensors", reason="needs safetensors")
         for name, kind in (("half", dtype), ("full", "fp32")):
             mmvssm.extract_features(
                 config, photos / "a.png", tmp_path / name, dtype=kind, format="safetensors", **QUICK
@@ -374,183 +318,6 @@ class TestFailures:
         assert "at least 16 x 16 pixels, got 3 x 40" in summary.failures["a.png"]
 
 
-@contextlib.contextmanager
-def one_thread():
-    """Rounding may depend on the number of threads; the started export has one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-# An export that is slow enough to be hit.
-SLOW = """
-import os, sys, time
-import mmvssm
-from mmvssm.apis import feature_store, features
-write = feature_store.FeatureStore.write
-def slow(self, *args):
-    time.sleep(0.1)
-    write(self, *args)
-    print("wrote", flush=True)
-feature_store.FeatureStore.write = slow
-features.extract_features(*sys.argv[1:4], "random", batch_size=3, num_workers=1, device="cpu", progress=False)
-"""
-
-
-def start_export(config, photos, out):
-    return subprocess.Popen(
-        [sys.executable, "-c", SLOW, config, photos, out],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-
-
-class TestInterruption:
-    def test_killed_and_continued(self, config, photos, tmp_path):
-        """While it runs no other run is let in; then it is killed. Continued, it ends up byte-identical."""
-        quick = {**QUICK, "num_workers": 1, "batch_size": 3}
-        with one_thread():
-            mmvssm.extract_features(config, photos, tmp_path / "whole", **quick)
-        out = tmp_path / "killed"
-        process = start_export(config, photos, out)
-        try:
-            assert process.stdout.readline() == "wrote\n"
-            process.send_signal(signal.SIGSTOP)
-            with pytest.raises(ValueError, match=r"Another run is writing into .*killed; wait for it"):
-                mmvssm.extract_features(config, photos, out, **quick)
-            process.send_signal(signal.SIGCONT)
-            assert process.stdout.readline() == "wrote\n"
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()
-        finished = len(list(read_manifest(out)))
-        assert 2 <= finished < 7
-        with one_thread():
-            summary = mmvssm.extract_features(config, photos, out, **quick)
-        assert (summary.reused, summary.written) == (finished, 7 - finished)
-        assert contents(out) == contents(tmp_path / "whole")
-
-    @pytest.mark.parametrize("step", range(12))
-    def test_dying_at_any_step(self, config, photos, tmp_path, monkeypatch, step):
-        """The process dies before its n-th rename or line of the manifest, or half way through that line."""
-        mmvssm.extract_features(config, photos, tmp_path / "whole", batch_size=3, **QUICK)
-        out = tmp_path / "cut"
-        count = iter(range(10**6))
-
-        class Died(BaseException):
-            pass
-
-        def die_now():
-            if next(count) == step:
-                raise Died
-
-        class Manifest:
-            def __init__(self, file):
-                self.file = file
-
-            def write(self, line):
-                self.file.write(line[: len(line) // 2])
-                self.file.flush()
-                die_now()
-                self.file.write(line[len(line) // 2 :])
-
-            def __getattr__(self, name):
-                return getattr(self.file, name)
-
-        def open_and_wrap(self):
-            opened(self)
-            self._manifest = Manifest(self._manifest)
-
-        def replace(source, target):
-            die_now()
-            renamed(source, target)
-
-        opened, renamed = FeatureStore._open, os.replace
-        with monkeypatch.context() as patch:
-            patch.setattr(FeatureStore, "_open", open_and_wrap)
-            patch.setattr("mmvssm.apis.feature_store.os.replace", replace)
-            with pytest.raises(Died):
-                mmvssm.extract_features(config, photos, out, batch_size=3, **QUICK)
-        if step > 1:
-            for path in out.rglob("*.npz"):
-                read_features(path)  # whole, whatever happened
-        mmvssm.extract_features(config, photos, out, batch_size=3, **QUICK)
-        assert contents(out) == contents(tmp_path / "whole")
-
-    def test_nothing_is_computed_again(self, config, photos, tmp_path, monkeypatch):
-        from mmvssm.apis import features
-
-        mmvssm.extract_features(config, photos, tmp_path / "out", **QUICK)
-        before = contents(tmp_path / "out")
-        monkeypatch.setattr(features, "_forward", None)
-        summary = mmvssm.extract_features(config, photos, tmp_path / "out", **QUICK)
-        assert (summary.written, summary.reused) == (0, 7)
-        assert contents(tmp_path / "out") == before
-
-    def test_removed_file_is_made_again(self, config, photos, tmp_path):
-        mmvssm.extract_features(config, photos, tmp_path / "out", **QUICK)
-        before = (tmp_path / "out" / "features" / "a.png.npz").read_bytes()
-        (tmp_path / "out" / "features" / "a.png.npz").unlink()
-        assert mmvssm.extract_features(config, photos, tmp_path / "out", **QUICK).written == 1
-        assert (tmp_path / "out" / "features" / "a.png.npz").read_bytes() == before
-        assert len(list(read_manifest(tmp_path / "out"))) == 7
-
-
-class TestFolder:
-    def test_two_runs_of_one_process(self, tmp_path):
-        with FeatureStore(tmp_path / "out", {}, "npz"):
-            with pytest.raises(ValueError, match="Another run is writing"):
-                FeatureStore(tmp_path / "out", {}, "npz").__enter__()
-            with FeatureStore(tmp_path / "other", {}, "npz"):
-                pass
-        with FeatureStore(tmp_path / "out", {}, "npz"):
-            pass
-
-    def test_file_system_without_locks(self, tmp_path, monkeypatch):
-        fcntl = pytest.importorskip("fcntl", reason="needs a POSIX system")
-
-        def lockf(*_):
-            raise OSError(errno.ENOLCK, "No locks available")
-
-        monkeypatch.setattr(fcntl, "lockf", lockf)
-        with pytest.raises(OSError, match=r"out cannot be locked \(No locks available\)"):
-            FeatureStore(tmp_path / "out", {}, "npz").__enter__()
-
-    @pytest.mark.parametrize(
-        ("change", "sentence"),
-        [
-            (dict(out_indices=(0, 3)), r"stages is \[1, 3\] there, \[0, 3\] now"),
-            (dict(size=32), "preprocessing is"),
-            (dict(batch_size=4), "batch_size is 8 there, 4 now"),
-            (dict(dtype="fp16"), "dtype is 'float32' there, 'float16' now"),
-        ],
-    )
-    def test_other_settings(self, config, photos, tmp_path, change, sentence):
-        mmvssm.extract_features(config, photos / "a.png", tmp_path / "out", **QUICK)
-        before = contents(tmp_path / "out")
-        with pytest.raises(ValueError, match=rf"out holds features of other settings .*{sentence}.*another folder"):
-            mmvssm.extract_features(config, photos / "a.png", tmp_path / "out", **{**QUICK, **change})
-        assert contents(tmp_path / "out") == before
-
-    def test_other_images_of_the_same_name(self, config, photos, tmp_path):
-        mmvssm.extract_features(config, photos / "a.png", tmp_path / "out", **QUICK)
-        with pytest.raises(ValueError, match=r"holds features of .* under the name a\.png"):
-            mmvssm.extract_features(config, photos / "more" / "a.png", tmp_path / "out", **QUICK)
-
-    def test_folder_of_something_else(self, config, photos, tmp_path):
-        (tmp_path / "thesis.txt").touch()
-        with pytest.raises(ValueError, match=r"holds other files \(thesis\.txt"):
-            mmvssm.extract_features(config, photos, tmp_path, **QUICK)
-        assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
-        with pytest.raises(ValueError, match="is a file; give a folder"):
-            mmvssm.extract_features(config, photos, tmp_path / "thesis.txt", **QUICK)
-
-
 BAD_ARGUMENTS = {
     "format": (dict(format="hdf5"), "format must be one of 'npz', 'safetensors', got 'hdf5'"),
     "dtype": (dict(dtype="int8"), "dtype must be one of 'fp32', 'fp16', 'bf16', got 'int8'"),
@@ -598,77 +365,3 @@ class TestRefused:
                 read_features(tmp_path / name)
         with pytest.raises(FileNotFoundError, match=f"holds no features: {MANIFEST}"):
             read_manifest(tmp_path)
-
-
-class TestSheets:
-    def record(self, shape, **changes):
-        stage = dict(stage=2, stride=8, channels=shape[0], shape=list(shape))
-        return dict(
-            image="a.png",
-            original_size=[40, 56],
-            content_size=[40, 56],
-            network_size=[64, 64],
-            stages=[stage],
-            pool=None,
-            model="micro",
-            checkpoint_sha256=None,
-            dtype="float32",
-        ) | changes  # fmt: skip
-
-    def test_are_drawn_once(self, config, photos, tmp_path):
-        mmvssm.extract_features(config, photos / "*.png", tmp_path / "out", **QUICK)
-        mmvssm.extract_features(config, photos / "*.png", tmp_path / "out", visualize=True, **QUICK)
-        sheets = sorted(p.name for p in (tmp_path / "out" / "sheets").iterdir())
-        assert sheets == ["a.png.png", "b.png.png", "d.png.png"]
-        times = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "sheets").iterdir()}
-        time.sleep(0.02)
-        mmvssm.extract_features(config, photos / "*.png", tmp_path / "out", visualize=True, **QUICK)
-        assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "sheets").iterdir()}
-        with Image.open(tmp_path / "out" / "sheets" / "a.png.png") as sheet:
-            assert sheet.mode == "RGB"
-            assert sheet.width > 3 * 224
-            assert sheet.height > 2 * 240  # 48 x 32, enlarged five times
-
-    def test_energy_is_where_the_activation_is(self):
-        maps = torch.full((4, 8, 8), 0.1)
-        maps[:, 1, 5] = 3.0
-        maps[:, 6:] = 100.0  # in the padding, which does not count
-        energy, name, least, most = energy_map(FeatureFile(self.record((4, 8, 8)), {2: maps}), 2)
-        assert energy.shape == (40, 56)
-        assert (name, least, most) == ("energy", pytest.approx(0.1), pytest.approx(3.0))
-        y, x = divmod(energy.argmax().item(), 56)
-        assert (y // 8, x // 8) == (1, 5)
-        assert energy.max() <= 1
-        assert energy[30:, :30].max() < 0.01
-
-    def test_energy_behind_a_layer_norm(self):
-        maps = torch.ones(4, 8, 8)
-        maps[::2] = -1.0
-        maps[:, 2, 2] *= -1
-        energy, name, _, _ = energy_map(FeatureFile(self.record((4, 8, 8)), {2: maps}), 2)
-        assert name == "energy around the mean"
-        y, x = divmod(energy.argmax().item(), 56)
-        assert (y // 8, x // 8) == (2, 2)
-
-    def test_components_separate_regions(self):
-        maps = torch.zeros(6, 8, 8)
-        maps[0, :, :4] = 1.0
-        maps[1, :3] = 0.5
-        components, share = pca_map(FeatureFile(self.record((6, 8, 8)), {2: maps}), 2)
-        assert components.shape == (3, 40, 56)
-        assert share == pytest.approx(1.0)
-        corners = [components[:, y, x] for y in (4, 36) for x in (4, 52)]
-        assert all((a - b).abs().max() > 0.4 for i, a in enumerate(corners) for b in corners[:i])
-        assert ((components >= 0) & (components <= 1)).all()
-
-    @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (5, 1, 2)])
-    def test_tiny_maps(self, shape):
-        record = self.record(shape, network_size=[8, 16], content_size=[8, 16], original_size=[8, 16])
-        sheet = draw_sheet(torch.zeros(3, 8, 16, dtype=torch.uint8), FeatureFile(record, {2: torch.randn(shape)}))
-        assert np.isfinite(np.asarray(sheet)).all()
-        assert sheet.height > 2 * 112
-
-    def test_large_images_are_reduced(self):
-        record = self.record((3, 4, 250), network_size=[32, 2000], content_size=[32, 2000], original_size=[32, 2000])
-        image = torch.zeros(3, 32, 2000, dtype=torch.uint8)
-        assert 2 * 1024 <= draw_sheet(image, FeatureFile(record, {2: torch.randn(3, 4, 250)})).width < 2 * 1100
