@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mmvssm.apis.features import read_features, read_manifest
-from tests.apis.test_features import CONFIG, save_noise
+from tests.apis.feature_inputs import CONFIG, save_noise
 from tests.tools.conftest import load_tool
 
 
