@@ -66,6 +66,7 @@ CASES: dict[str, NamedTuple] = {
     "norm vim-small b128": AddNorm(128, 197, 384),
     "norm vim-base b128": AddNorm(128, 197, 768, drop=True),
     "norm vmamba-tiny stage 1": AddNorm(128, 3136, 96, "layer", bias=True),
+    "norm alone vmamba-tiny stage 1": AddNorm(128, 3136, 96, "layer", bias=True, alone=True),
     "gate vig-tiny b128": Gate(128, 196, 3, 64, silu=True, bias=True),
     "gate vigh-tiny stage 1": Gate(128, 3136, 3, 32, bias=True),
     "swiglu vig-tiny b128": SwiGlu(128, 196, 512),

@@ -108,8 +108,10 @@ def _conv1d(case: Conv1d, itemsize: int) -> tuple[Work, Work]:
 
 
 def _add_norm(case: AddNorm, itemsize: int) -> tuple[Work, Work]:
-    # A float32 residual stream in and out; the stream and two float32 gradients of it.
     elements = case.batch * case.channels * case.length
+    if case.alone:
+        return Work(2 * itemsize * elements), Work(3 * itemsize * elements)
+    # A float32 residual stream in and out; the stream and two float32 gradients of it.
     return Work((2 * itemsize + 8) * elements), Work((2 * itemsize + 12) * elements)
 
 

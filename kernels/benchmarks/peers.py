@@ -40,7 +40,7 @@ def _causal_conv1d(case: Conv1d) -> Callable | None:
 
 
 def _add_norm(case: AddNorm) -> Callable | None:
-    if case.drop:
+    if case.drop or case.alone:
         return None
     module = import_module("mamba_ssm.ops.triton.layer_norm")
     function = module.rms_norm_fn if case.norm == "rms" else module.layer_norm_fn
