@@ -30,6 +30,22 @@ def check_tensor(name: str, tensor, shape: tuple, device: torch.device | None = 
         raise ValueError(f"{name} must be on {device} like the first argument, but it is on {tensor.device}")
 
 
+def checked_dtype(name: str, dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype:
+    """``dtype``, or ``default`` for None.
+
+    Raises:
+        TypeError: If it is no dtype.
+        ValueError: If it is not one of the floating dtypes.
+    """
+    if dtype is None:
+        return default
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype, but it is {type(dtype).__name__}")
+    if dtype not in FLOATS:
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, but it is {dtype}")
+    return dtype
+
+
 def check_positive(name: str, size: int, what: str) -> None:
     """Raise unless the axis ``what`` of argument ``name`` has at least one element."""
     if size < 1:

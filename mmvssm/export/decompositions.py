@@ -26,9 +26,8 @@ def _selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D
     return y if D is None else y + D[..., None] * u
 
 
-def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend):
+def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, out_dtype, backend):
     dtype, groups = computing_dtype(u), B.shape[1]
-    result_dtype = u.dtype
     u, delta, A, B, C, D, z, delta_bias = (
         None if t is None else t.to(dtype) for t in (u, delta, A, B, C, D, z, delta_bias)
     )
@@ -43,7 +42,7 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse,
     y = (y.flip(-1) if reverse else y).flatten(1, 2)
     if z is not None:
         y = y * F.silu(z)
-    return y.to(result_dtype), u.new_empty(u.shape[0], *A.shape[:1], 0)
+    return y.to(out_dtype), u.new_empty(u.shape[0], *A.shape[:1], 0)
 
 
 def selective_scan_2d(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, out_dtype, backend):
@@ -61,7 +60,7 @@ def selective_scan_2d(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, 
     return y.to(out_dtype), x.new_empty(0)
 
 
-def bidirectional_selective_scan(xz, parameters, scale, keep_states, backend):
+def bidirectional_selective_scan(xz, parameters, scale, keep_states, out_dtype, backend):
     dtype, count = computing_dtype(xz), len(ScanParameters._fields)
     x, z = xz.to(dtype).transpose(1, 2).chunk(2, dim=1)  # (B, E, L) each
     directions = [
@@ -82,7 +81,7 @@ def bidirectional_selective_scan(xz, parameters, scale, keep_states, backend):
     y = _selective_scan(u, delta, -A_log.exp(), B, C, D)
     y = y[:, 0] if len(directions) == 1 else y[:, 0] + y[:, 1].flip(-1)
     empty = [x.new_empty(0) for _ in range(4)]
-    return (scale * y * F.silu(z)).transpose(1, 2).to(xz.dtype), *empty
+    return (scale * y * F.silu(z)).transpose(1, 2).to(out_dtype), *empty
 
 
 def bidirectional_gla(q, k, v, gf, gb, norm_weight, scale, gate_normalizer, norm_eps, out_dtype, keep, backend):
@@ -101,8 +100,8 @@ def bidirectional_gla(q, k, v, gf, gb, norm_weight, scale, gate_normalizer, norm
     return y.to(out_dtype), y.new_empty(0), y.new_empty(0)
 
 
-def causal_conv1d(x, weight, bias, activation, reverse, padding, backend):
-    return causal_conv1d_reference(x, weight, bias, activation, reverse, padding).to(x.dtype)
+def causal_conv1d(x, weight, bias, activation, reverse, padding, out_dtype, backend):
+    return causal_conv1d_reference(x, weight, bias, activation, reverse, padding).to(out_dtype)
 
 
 def add_norm(x, residual, weight, bias, eps, norm, scale, residual_dtype, out_dtype, backend):

@@ -136,6 +136,18 @@ LARGE = [
 ]
 
 
+# One of each operator whose result may have a dtype of its own.
+WITH_OUT_DTYPE = [
+    Scan(2, 4, 9, 3, gate=True),
+    Scan2d(2, 4, 3, 5, 2, 1),
+    BidirectionalScan(2, 4, 9, 2, 3),
+    BidirectionalScan(2, 4, 9, 2, 3, directions=1),
+    BidirectionalGla(2, 9, 2, 4, 8, norm=True),
+    Conv1d(2, 4, 9),
+    AddNorm(2, 9, 8),
+]
+
+
 def case_id(case) -> str:
     """Readable test id."""
     return type(case).__name__ + "-" + "-".join(f"{k}{v}" for k, v in case._asdict().items() if v not in (None, False))

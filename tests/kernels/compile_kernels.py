@@ -67,7 +67,7 @@ def record_launches(dtype: torch.dtype) -> list:
         for case in SCANS:
             inputs = case.inputs(dtype)
             tail = (case.softplus, case.reverse)
-            y, last = forward.selective_scan_forward(*inputs, *tail)
+            y, last = forward.selective_scan_forward(*inputs, *tail, dtype)
             backward.selective_scan_backward(y, last, *inputs, *tail)
         forward, backward = (import_module(f"{package}_2d.triton_{part}") for part in ("fwd", "bwd"))
         for case in SCANS_2D:
@@ -78,7 +78,7 @@ def record_launches(dtype: torch.dtype) -> list:
         forward, backward = (import_module(f"{package}.triton_{part}") for part in ("fwd", "bwd"))
         for case in CONVOLUTIONS:
             inputs, tail = case.inputs(dtype), case.options().values()
-            y = forward.causal_conv1d_forward(*inputs, *tail)
+            y = forward.causal_conv1d_forward(*inputs, *tail, dtype)
             backward.causal_conv1d_backward(y, *inputs, *tail)
         package = "mmvssm_kernels.add_norm"
         forward, backward = (import_module(f"{package}.triton_{part}") for part in ("fwd", "bwd"))
@@ -118,7 +118,7 @@ def record_launches(dtype: torch.dtype) -> list:
         for case in BIDIRECTIONAL_SCANS:
             xz, *parameters = case.inputs(dtype)
             kept = import_module(f"{package}.op").kept_tensors(xz, parameters, True)
-            y = forward.bidirectional_forward(xz, parameters, case.scale, *kept)
+            y = forward.bidirectional_forward(xz, parameters, case.scale, dtype, *kept)
             backward.bidirectional_backward(y, xz, parameters, case.scale, *kept)
     finally:
         JITFunction.run = run

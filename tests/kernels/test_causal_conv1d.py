@@ -51,7 +51,8 @@ def test_gradcheck(activation, reverse):
 )
 def test_opcheck(case):
     inputs = [None if t is None else t.requires_grad_() for t in case.inputs(torch.float32)]
-    torch.library.opcheck(torch.ops.mmvssm.causal_conv1d.default, (*inputs, *case.options().values(), "auto"))
+    options = (*case.options().values(), torch.float32, "auto")
+    torch.library.opcheck(torch.ops.mmvssm.causal_conv1d.default, (*inputs, *options))
 
 
 LAYOUTS = {

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mmvssm_kernels.testing import Scan2d, check_operator, poisoned_memory, relative_error
+from mmvssm_kernels.testing import TOLERANCES, Scan2d, check_operator, poisoned_memory, relative_error
 
-from .cases import LARGE, OPERATORS, SHORT, case_id
+from .cases import LARGE, OPERATORS, SHORT, WITH_OUT_DTYPE, case_id
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -59,6 +59,17 @@ def test_strides(case, layout):
     dense = [x.contiguous(), *inputs[1:]]
     for got, want in zip(run(case, [x, *inputs[1:]]), run(case, dense), strict=True):
         assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("case", WITH_OUT_DTYPE, ids=case_id)
+def test_dtype_of_the_output_is_free(case):
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    exact = [None if t is None else t.double() for t in inputs]
+    got = OPERATORS[type(case)](*inputs, **case.options(), out_dtype=torch.float32, backend="triton")
+    want = OPERATORS[type(case)](*exact, **case.options(), backend="reference")
+    got, want = (t[0] if isinstance(t, tuple) else t for t in (got, want))
+    assert got.dtype == torch.float32
+    assert relative_error(got, want) < TOLERANCES[torch.bfloat16][0]
 
 
 def test_cuda_graph_capture():

@@ -10,7 +10,7 @@ import mmvssm_kernels
 from mmvssm_kernels import selective_scan, selective_scan_2d, use_backend
 from mmvssm_kernels.testing import Scan, Scan2d, check_operator, relative_error
 
-from .cases import OPERATORS, SHORT, case_id
+from .cases import OPERATORS, SHORT, WITH_OUT_DTYPE, case_id
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -52,6 +52,26 @@ def test_optional_arguments_are_neutral(missing):
     assert relative_error(with_none, with_neutral) < 1e-6
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("case", WITH_OUT_DTYPE, ids=case_id)
+def test_dtype_of_the_output_is_free(case, backend):
+    """float32 out of 16-bit inputs keeps what rounding would lose."""
+    inputs = [None if t is None else t.requires_grad_() for t in case.inputs(torch.bfloat16)]
+    operator, leaves = OPERATORS[type(case)], [t for t in inputs if t is not None]
+    exact = [None if t is None else t.detach().double() for t in inputs]
+    want = operator(*exact, **case.options(), backend="reference")
+    got = operator(*inputs, **case.options(), out_dtype=torch.float32, backend=backend)
+    got, want = (t[0] if isinstance(t, tuple) else t for t in (got, want))
+    assert got.dtype == torch.float32
+    assert relative_error(got, want) < 1e-5
+    grads = torch.autograd.grad(got, leaves, torch.randn_like(got))
+    assert [g.dtype for g in grads] == [t.dtype for t in leaves]
+    with pytest.raises(ValueError, match=r"out_dtype must be float16, .* or float64, but it is torch.int8"):
+        operator(*inputs, **case.options(), out_dtype=torch.int8)
+    with pytest.raises(TypeError, match=r"out_dtype must be a torch.dtype, but it is str"):
+        operator(*inputs, **case.options(), out_dtype="float32")
+
+
 def test_three_and_four_dimensional_weights_agree():
     u, delta, A, B, C, *_ = Scan(2, 4, 9, 3).inputs(torch.float32)
     assert torch.equal(selective_scan(u, delta, A, B, C), selective_scan(u, delta, A, B[:, 0], C[:, 0]))
@@ -61,7 +81,7 @@ def test_three_and_four_dimensional_weights_agree():
 def test_opcheck(case):
     inputs = [None if t is None else t.requires_grad_() for t in case.inputs(torch.float32)]
     if isinstance(case, Scan):
-        torch.library.opcheck(torch.ops.mmvssm.selective_scan.default, (*inputs, True, False, "auto"))
+        torch.library.opcheck(torch.ops.mmvssm.selective_scan.default, (*inputs, True, False, inputs[0].dtype, "auto"))
     else:
         torch.library.opcheck(torch.ops.mmvssm.selective_scan_2d.default, (*inputs, torch.float32, "auto"))
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import FLOATS, check_positive, check_tensor, computing_dtype
+from ..checks import check_positive, check_tensor, checked_dtype, computing_dtype
 from .op import add_norm_op, is_norm_alone
 from .reference import add_norm_reference
 
@@ -74,8 +74,8 @@ def add_norm(
         check_tensor("scale", scale, (x.shape[0],), x.device)
         if scale.requires_grad:
             raise ValueError("scale must not require a gradient, because the operator computes none for it")
-    residual_dtype = _checked_dtype("residual_dtype", residual_dtype, computing_dtype(x))
-    out_dtype = _checked_dtype("out_dtype", out_dtype, x.dtype)
+    residual_dtype = checked_dtype("residual_dtype", residual_dtype, computing_dtype(x))
+    out_dtype = checked_dtype("out_dtype", out_dtype, x.dtype)
     backend = dispatch.requested_backend(backend)
     if backend == "reference":
         with dispatch.without_autocast(x.device):
@@ -85,13 +85,3 @@ def add_norm(
         return x.to(out_dtype, copy=True), x.to(residual_dtype, copy=True)
     y, r = add_norm_op(x, residual, weight, bias, eps, norm, scale, residual_dtype, out_dtype, backend)
     return y, x if is_norm_alone(x, residual, scale, residual_dtype) else r
-
-
-def _checked_dtype(name: str, dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype:
-    if dtype is None:
-        return default
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{name} must be a torch.dtype, but it is {type(dtype).__name__}")
-    if dtype not in FLOATS:
-        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, but it is {dtype}")
-    return dtype

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import FLOATS, check_positive, check_tensor
+from ..checks import check_positive, check_tensor, checked_dtype
 from .op import bidirectional_gla_op
 from .reference import bidirectional_gla_reference
 
@@ -62,7 +62,7 @@ def bidirectional_gla(
         (B, L, heads, V), contiguous.
 
     Raises:
-        TypeError: If an argument is no tensor.
+        TypeError: If an argument is no tensor, or ``out_dtype`` no dtype.
         ValueError: If a shape, dtype, device, number or the backend is wrong; the sentence names the argument.
 
     Example:
@@ -85,9 +85,7 @@ def bidirectional_gla(
             raise ValueError(f"norm_eps must be positive, but it is {norm_eps}")
     if gate_normalizer is not None and not gate_normalizer > 0:
         raise ValueError(f"gate_normalizer must be positive, but it is {gate_normalizer}")
-    out_dtype = q.dtype if out_dtype is None else out_dtype
-    if out_dtype not in FLOATS:
-        raise ValueError(f"out_dtype must be float16, bfloat16, float32 or float64, but it is {out_dtype}")
+    out_dtype = checked_dtype("out_dtype", out_dtype, q.dtype)
     scale = keys**-0.5 if scale is None else float(scale)
     gate_normalizer = None if gate_normalizer is None else float(gate_normalizer)
     tensors = (q, k, v, gf, gb, norm_weight)

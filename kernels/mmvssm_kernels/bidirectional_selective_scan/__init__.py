@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_positive, check_tensor
+from ..checks import check_positive, check_tensor, checked_dtype
 from .op import bidirectional_selective_scan_op
 from .parameters import ScanParameters, check_alike, check_parameters
 from .reference import bidirectional_selective_scan_reference
@@ -17,6 +17,7 @@ def bidirectional_selective_scan(
     forward: ScanParameters,
     backward: ScanParameters | None,
     scale: float = 1.0,
+    out_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Scan a sequence in both directions, add the results and gate the sum.
@@ -38,10 +39,11 @@ def bidirectional_selective_scan(
         forward: Parameters of the direction from the first token to the last, any floating dtypes.
         backward: Parameters of the other direction, of the same sizes; None for one direction only.
         scale: Factor of the sum; Vim takes the mean of the directions, 0.5.
+        out_dtype: Dtype of the result; None means that of ``xz``.
         backend: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Returns:
-        (B, L, E) in the dtype of ``xz``, contiguous.
+        (B, L, E) in ``out_dtype``, contiguous.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -69,15 +71,16 @@ def bidirectional_selective_scan(
         check_alike(forward, backward)
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"scale must be a number, but it is {type(scale).__name__}")
+    out_dtype = checked_dtype("out_dtype", out_dtype, xz.dtype)
     backend = dispatch.requested_backend(backend)
     if backend == "reference":
         with dispatch.without_autocast(xz.device):
             y = bidirectional_selective_scan_reference(xz, forward, backward, scale)
-            return y.to(xz.dtype).contiguous()
+            return y.to(out_dtype).contiguous()
     parameters = [*forward, *(backward or ())]
     if batch == 0:
-        return xz[..., :channels].clone(memory_format=torch.contiguous_format)
+        return xz[..., :channels].to(out_dtype, copy=True, memory_format=torch.contiguous_format)
     # The kernels keep the states at tile borders for the backward pass; inference and torch do not need them.
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (xz, *parameters))
     keep_states = learns and (xz.is_cuda or backend == "triton")
-    return bidirectional_selective_scan_op(xz, parameters, float(scale), keep_states, backend)[0]
+    return bidirectional_selective_scan_op(xz, parameters, float(scale), keep_states, out_dtype, backend)[0]

@@ -34,26 +34,24 @@ def kept_tensors(xz: Tensor, parameters: list[Tensor], keep_states: bool) -> tup
     )
 
 
-def _served_by(backend: str, parameters: list[Tensor]) -> str:
-    """``backend``, or torch where the kernels' tiles are too short for the convolution."""
+def _obstacle(parameters: list[Tensor], dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot serve these parameters and a result, or its gradient, of this dtype; None if they can."""
+    if dtype == torch.float64:
+        return "the kernels compute in float32, not float64"
     width = parameters[0].shape[1]
-    if width <= TILE or backend == "torch":
-        return backend
-    if backend == "triton":
-        raise ValueError(f"backend 'triton' was asked for, but the kernels take at most {TILE} taps, not {width}")
-    return "torch"
+    return None if width <= TILE else f"the kernels take at most {TILE} taps, not {width}"
 
 
-def gated_empty(xz: Tensor) -> Tensor:
+def gated_empty(xz: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised contiguous (B, L, E)."""
-    return xz.new_empty(*xz.shape[:2], xz.shape[2] // 2)
+    return xz.new_empty(*xz.shape[:2], xz.shape[2] // 2, dtype=dtype)
 
 
 @torch.library.custom_op("mmvssm::bidirectional_selective_scan", mutates_args=())
 def bidirectional_selective_scan_op(
-    xz: Tensor, parameters: list[Tensor], scale: float, keep_states: bool, backend: str
+    xz: Tensor, parameters: list[Tensor], scale: float, keep_states: bool, out_dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Result (B, L, E) and the four of :func:`kept_tensors`.
+    """Result (B, L, E) in ``out_dtype`` and the four of :func:`kept_tensors`.
 
     ``parameters`` are the seven tensors of one direction or fourteen of two; arguments are checked by the caller.
     """
@@ -62,18 +60,18 @@ def bidirectional_selective_scan_op(
     def triton_call():
         from .triton_fwd import bidirectional_forward
 
-        return bidirectional_forward(xz, parameters, scale, *kept)
+        return bidirectional_forward(xz, parameters, scale, out_dtype, *kept)
 
     def torch_call():
-        return gated_empty(xz).copy_(torch_scan.bidirectional_forward(xz, parameters, scale))
+        return gated_empty(xz, out_dtype).copy_(torch_scan.bidirectional_forward(xz, parameters, scale))
 
-    out = dispatch.run("bidirectional_selective_scan", _served_by(backend, parameters), xz, triton_call, torch_call)
-    return out, *kept
+    obstacle = _obstacle(parameters, out_dtype)
+    return dispatch.run("bidirectional_selective_scan", backend, xz, triton_call, torch_call, obstacle), *kept
 
 
 @bidirectional_selective_scan_op.register_fake
-def _(xz, parameters, scale, keep_states, backend):
-    return gated_empty(xz), *kept_tensors(xz, parameters, keep_states)
+def _(xz, parameters, scale, keep_states, out_dtype, backend):
+    return gated_empty(xz, out_dtype), *kept_tensors(xz, parameters, keep_states)
 
 
 @torch.library.custom_op("mmvssm::bidirectional_selective_scan_backward", mutates_args=())
@@ -104,7 +102,8 @@ def bidirectional_selective_scan_backward_op(
         dxz = torch.empty_like(xz, memory_format=torch.contiguous_format).copy_(dxz)
         return dxz, torch.cat([g.flatten() for g in dparameters])
 
-    return dispatch.run("bidirectional_selective_scan", _served_by(backend, parameters), xz, triton_call, torch_call)
+    obstacle = _obstacle(parameters, dout.dtype)
+    return dispatch.run("bidirectional_selective_scan", backend, xz, triton_call, torch_call, obstacle)
 
 
 @bidirectional_selective_scan_backward_op.register_fake
@@ -114,7 +113,7 @@ def _(dout, xz, parameters, borders, projected, rates, sums, scale, backend):
 
 
 def _setup_context(ctx, inputs, output):
-    xz, parameters, ctx.scale, _, ctx.backend = inputs
+    xz, parameters, ctx.scale, _, _, ctx.backend = inputs
     ctx.save_for_backward(xz, *output[1:], *parameters)
     ctx.set_materialize_grads(False)
 
@@ -128,7 +127,7 @@ def _backward(ctx, dout, *unused):
     )
     pieces = flat.split([t.numel() for t in parameters])
     dparameters = [g.view(t.shape).to(t.dtype) for g, t in zip(pieces, parameters, strict=True)]
-    return dxz, dparameters, None, None, None
+    return dxz, dparameters, None, None, None, None
 
 
 bidirectional_selective_scan_op.register_autograd(_backward, setup_context=_setup_context)

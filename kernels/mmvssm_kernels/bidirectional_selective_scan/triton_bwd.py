@@ -387,7 +387,8 @@ def bidirectional_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of ``xz`` (B, L, 2E), and those of all parameters, flat and in float32."""
     if projected.numel() == 0:
-        _, borders, projected, rates, sums = bidirectional_selective_scan_op(xz, parameters, scale, True, "triton")
+        arguments = (xz, parameters, scale, True, xz.dtype, "triton")
+        _, borders, projected, rates, sums = bidirectional_selective_scan_op(*arguments)
     launch = Launch(xz, parameters)
     dout = adjacent_channels(dout)
     batch, length, channels, state = launch.batch, launch.length, launch.channels, launch.state

@@ -6,6 +6,7 @@ few rows are cut into segments: a first launch leaves each segment's state from 
 which every program of the second launch computes the state that enters its segment.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -274,14 +275,16 @@ def bidirectional_selective_scan_fwd_kernel_scan(
     )
 
 
-def bidirectional_forward(xz: Tensor, parameters: list[Tensor], scale: float, borders, projected, rates, y) -> Tensor:
+def bidirectional_forward(
+    xz: Tensor, parameters: list[Tensor], scale: float, out_dtype: torch.dtype, borders, projected, rates, y
+) -> Tensor:
     """Result (B, L, E); fills the others, what the backward pass needs, unless they are empty."""
     launch = Launch(xz, parameters)
     keep = projected.numel() > 0
     if not keep:
         borders, projected, rates = launch.scratch()
     u = project(launch, projected, rates)
-    out = xz.new_empty(launch.batch, launch.length, launch.channels)
+    out = xz.new_empty(launch.batch, launch.length, launch.channels, dtype=out_dtype)
     sums = out if launch.directions == 1 else launch.empty(launch.batch, launch.padded, launch.channels)
     summary, steps = launch.summaries()
     tensors = (u, launch.z, projected, rates, borders, summary, steps, sums, y, out, *launch.step_parameters)

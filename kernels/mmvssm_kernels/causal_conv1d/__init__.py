@@ -1,9 +1,10 @@
 """Depthwise convolution over a sequence: causal, anti-causal or centred, with an optional SiLU."""
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_positive, check_tensor
+from ..checks import check_positive, check_tensor, checked_dtype
 from .op import causal_conv1d_op
 from .reference import causal_conv1d_reference
 
@@ -25,6 +26,7 @@ def causal_conv1d(
     activation: str | None = None,
     reverse: bool = False,
     padding: str = "causal",
+    out_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Depthwise convolution along a sequence that keeps its length.
@@ -49,15 +51,16 @@ def causal_conv1d(
         activation: None or ``"silu"``.
         reverse: Run from the last token to the first.
         padding: ``"causal"`` or ``"same"``.
+        out_dtype: Dtype of the output; None means that of ``x``.
         backend: ``auto``, ``triton``, ``torch`` or ``reference``. Triton kernels exist for up to 4 taps; with ``auto``
             torch serves wider ones.
 
     Returns:
-        Output (B, D, L) in the dtype of ``x``. Its memory is channel-first where the tokens of ``x`` are adjacent in
+        Output (B, D, L) in ``out_dtype``. Its memory is channel-first where the tokens of ``x`` are adjacent in
         memory, and channel-last otherwise.
 
     Raises:
-        TypeError: If an argument is no tensor.
+        TypeError: If an argument is no tensor, or ``out_dtype`` no dtype.
         ValueError: If a shape, dtype, device, option or the backend is wrong; the sentence names the argument.
     """
     check_tensor("x", x, ("B", "D", "L"))
@@ -70,10 +73,11 @@ def causal_conv1d(
         check_tensor("bias", bias, (channels,), x.device)
     _check_choice("activation", activation, ACTIVATIONS)
     _check_choice("padding", padding, PADDINGS)
+    out_dtype = checked_dtype("out_dtype", out_dtype, x.dtype)
     backend = dispatch.requested_backend(backend)
     if backend == "reference":
         with dispatch.without_autocast(x.device):
-            return causal_conv1d_reference(x, weight, bias, activation, reverse, padding).to(x.dtype)
+            return causal_conv1d_reference(x, weight, bias, activation, reverse, padding).to(out_dtype)
     if batch == 0:
-        return x.clone()
-    return causal_conv1d_op(x, weight, bias, activation, reverse, padding, backend)
+        return x.to(out_dtype, copy=True)
+    return causal_conv1d_op(x, weight, bias, activation, reverse, padding, out_dtype, backend)

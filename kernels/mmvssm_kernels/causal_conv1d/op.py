@@ -12,8 +12,10 @@ from .layout import empty_in_order
 MAX_KERNEL_WIDTH = 4
 
 
-def _obstacle(weight: Tensor) -> str | None:
-    """Why the kernels cannot serve this weight; None if they can."""
+def _obstacle(weight: Tensor, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot serve this weight and a result, or its gradient, of this dtype; None if they can."""
+    if dtype == torch.float64:
+        return "the kernels compute in float32, not float64"
     width = weight.shape[1]
     return None if width <= MAX_KERNEL_WIDTH else f"the kernels take at most {MAX_KERNEL_WIDTH} taps, not {width}"
 
@@ -26,10 +28,11 @@ def causal_conv1d_op(
     activation: str | None,
     reverse: bool,
     padding: str,
+    out_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    """Output (B, D, L) in the dtype and memory order of ``x``; arguments are checked by the caller."""
-    arguments = (x, weight, bias, activation, reverse, padding)
+    """Output (B, D, L) in ``out_dtype`` and the memory order of ``x``; arguments are checked by the caller."""
+    arguments = (x, weight, bias, activation, reverse, padding, out_dtype)
 
     def triton_call():
         from .triton_fwd import causal_conv1d_forward
@@ -40,13 +43,13 @@ def causal_conv1d_op(
         return torch_conv.causal_conv1d_forward(*arguments)
 
     return dispatch.run(
-        "causal_conv1d", backend, x, triton_call, torch_call, obstacle=_obstacle(weight), max_batch=None
+        "causal_conv1d", backend, x, triton_call, torch_call, obstacle=_obstacle(weight, out_dtype), max_batch=None
     )
 
 
 @causal_conv1d_op.register_fake
-def _(x, weight, bias, activation, reverse, padding, backend):
-    return empty_in_order(x)
+def _(x, weight, bias, activation, reverse, padding, out_dtype, backend):
+    return empty_in_order(x, out_dtype)
 
 
 @torch.library.custom_op("mmvssm::causal_conv1d_backward", mutates_args=())
@@ -72,7 +75,7 @@ def causal_conv1d_backward_op(
         return torch_conv.causal_conv1d_backward(*arguments)
 
     return dispatch.run(
-        "causal_conv1d", backend, x, triton_call, torch_call, obstacle=_obstacle(weight), max_batch=None
+        "causal_conv1d", backend, x, triton_call, torch_call, obstacle=_obstacle(weight, dy.dtype), max_batch=None
     )
 
 
@@ -83,7 +86,7 @@ def _(dy, x, weight, bias, activation, reverse, padding, backend):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation, ctx.reverse, ctx.padding, ctx.backend = inputs
+    *tensors, ctx.activation, ctx.reverse, ctx.padding, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -91,7 +94,7 @@ def _backward(ctx, dy):
     tensors = ctx.saved_tensors
     options = (ctx.activation, ctx.reverse, ctx.padding, ctx.backend)
     dx, dweight, dbias = torch.ops.mmvssm.causal_conv1d_backward(dy, *tensors, *options)
-    return dx, dweight, None if tensors[2] is None else dbias, None, None, None, None
+    return dx, dweight, None if tensors[2] is None else dbias, None, None, None, None, None
 
 
 causal_conv1d_op.register_autograd(_backward, setup_context=_setup_context)

@@ -29,12 +29,12 @@ def _convolve(x, weight, bias, reverse, padding) -> tuple[Tensor, Tensor, Tensor
     return F.conv2d(image, taps, bias, groups=x.shape[1]), image, taps
 
 
-def causal_conv1d_forward(x, weight, bias, activation, reverse, padding) -> Tensor:
-    """Output (B, D, L) in the dtype and memory order of ``x``; arguments as the public function's."""
+def causal_conv1d_forward(x, weight, bias, activation, reverse, padding, out_dtype) -> Tensor:
+    """Output (B, D, L) in the memory order of ``x``; arguments as the public function's."""
     y = _convolve(x, weight, bias, reverse, padding)[0]
     if activation == "silu":
         y = F.silu(y, inplace=True)
-    return empty_in_order(x).copy_(y[:, :, 0])
+    return empty_in_order(x, out_dtype).copy_(y[:, :, 0])
 
 
 def causal_conv1d_backward(dy, x, weight, bias, activation, reverse, padding) -> tuple[Tensor, Tensor, Tensor]:

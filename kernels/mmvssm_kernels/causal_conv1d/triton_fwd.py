@@ -128,11 +128,11 @@ def causal_conv1d_fwd_kernel(
         t += 4
 
 
-def causal_conv1d_forward(x, weight, bias, activation, reverse, padding) -> Tensor:
-    """Output (B, D, L) in the dtype and memory order of ``x``; arguments as the public function's."""
+def causal_conv1d_forward(x, weight, bias, activation, reverse, padding, out_dtype) -> Tensor:
+    """Output (B, D, L) in the memory order of ``x``; arguments as the public function's."""
     launch = Launch(x, weight, bias, activation, reverse, padding, target_programs=4096)
     batch, channels, length = x.shape
-    y = x.new_empty(batch, length, channels)
+    y = x.new_empty(batch, length, channels, dtype=out_dtype)
     causal_conv1d_fwd_kernel[launch.grid](*launch.tensors, y, *launch.sizes, *launch.strides, **launch.constants)
     y = y.transpose(1, 2)
-    return y if launch.channel_last_result else empty_in_order(x).copy_(y)
+    return y if launch.channel_last_result else empty_in_order(x, out_dtype).copy_(y)

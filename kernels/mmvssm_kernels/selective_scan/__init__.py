@@ -1,9 +1,10 @@
 """One-direction selective scan (Mamba, arXiv:2312.00752, section 3)."""
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_positive, check_tensor
+from ..checks import check_positive, check_tensor, checked_dtype
 from .op import selective_scan_op
 from .reference import selective_scan_reference
 
@@ -22,6 +23,7 @@ def selective_scan(
     delta_softplus: bool = False,
     reverse: bool = False,
     return_last_state: bool = False,
+    out_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective state-space scan over a sequence.
@@ -45,13 +47,14 @@ def selective_scan(
         delta_softplus: Whether softplus is applied to the step sizes.
         reverse: Scan from the last token to the first.
         return_last_state: Whether to return the state after the last step, too.
+        out_dtype: Dtype of the output; None means that of ``u``.
         backend: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Returns:
-        Output (B, D, L) in the dtype of ``u``; with ``return_last_state`` also the state (B, D, N), float32 (float64).
+        Output (B, D, L) in ``out_dtype``; with ``return_last_state`` also the state (B, D, N), float32 (float64).
 
     Raises:
-        TypeError: If an argument is no tensor.
+        TypeError: If an argument is no tensor, or ``out_dtype`` no dtype.
         ValueError: If a shape, dtype, device or the backend is wrong; the sentence names the argument.
     """
     check_tensor("u", u, ("B", "D", "L"))
@@ -74,13 +77,14 @@ def selective_scan(
         check_tensor("z", z, (batch, channels, length), u.device)
     if delta_bias is not None:
         check_tensor("delta_bias", delta_bias, (channels,), u.device)
+    out_dtype = checked_dtype("out_dtype", out_dtype, u.dtype)
     backend = dispatch.requested_backend(backend)
     if backend == "reference":
         with dispatch.without_autocast(u.device):
             y, last = selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
-        y = y.to(u.dtype)
+        y = y.to(out_dtype)
     elif batch == 0:
-        y, last = u.clone(), A.new_zeros(0, channels, state)
+        y, last = u.to(out_dtype, copy=True), A.new_zeros(0, channels, state)
     else:
-        y, last = selective_scan_op(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend)
+        y, last = selective_scan_op(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, out_dtype, backend)
     return (y, last) if return_last_state else y

@@ -39,7 +39,7 @@ def _torch_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     y = _back(y, reverse)
     if z is not None:
         y = y * torch.nn.functional.silu(z.to(y.dtype))
-    return channel_last_empty(u).copy_(y), last
+    return y, last
 
 
 def _torch_backward(dout, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
@@ -77,22 +77,31 @@ def selective_scan_op(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     reverse: bool,
+    out_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, D, L), channels adjacent in memory, and last state (B, D, N); arguments are checked by the caller."""
+    """Output (B, D, L) in ``out_dtype``, channels adjacent in memory, and last state (B, D, N).
+
+    Arguments are checked by the caller.
+    """
     arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
 
     def triton_call():
         from .triton_fwd import selective_scan_forward
 
-        return selective_scan_forward(*arguments)
+        return selective_scan_forward(*arguments, out_dtype)
 
-    return dispatch.run("selective_scan", backend, u, triton_call, lambda: _torch_forward(*arguments))
+    def torch_call():
+        y, last = _torch_forward(*arguments)
+        return channel_last_empty(u, out_dtype).copy_(y), last
+
+    obstacle = "the kernels compute in float32, not float64" if out_dtype == torch.float64 else None
+    return dispatch.run("selective_scan", backend, u, triton_call, torch_call, obstacle=obstacle)
 
 
 @selective_scan_op.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend):
-    return channel_last_empty(u), u.new_empty(u.shape[0], *A.shape, dtype=computing_dtype(u))
+def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, out_dtype, backend):
+    return channel_last_empty(u, out_dtype), u.new_empty(u.shape[0], *A.shape, dtype=computing_dtype(u))
 
 
 @torch.library.custom_op("mmvssm::selective_scan_backward", mutates_args=())
@@ -140,7 +149,7 @@ def _(dout, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse,
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, ctx.reverse, ctx.backend = inputs
+    *tensors, ctx.delta_softplus, ctx.reverse, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
@@ -153,7 +162,7 @@ def _backward(ctx, dout, dlast):
     grads = torch.ops.mmvssm.selective_scan_backward(
         dout, dlast, *tensors, ctx.delta_softplus, ctx.reverse, ctx.backend
     )
-    return (*(None if t is None else g for g, t in zip(grads, tensors, strict=True)), None, None, None)
+    return (*(None if t is None else g for g, t in zip(grads, tensors, strict=True)), None, None, None, None)
 
 
 selective_scan_op.register_autograd(_backward, setup_context=_setup_context)

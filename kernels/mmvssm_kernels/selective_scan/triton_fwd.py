@@ -168,11 +168,13 @@ def summarise(launch: Launch, y: Tensor, last: Tensor) -> None:
     selective_scan_fwd_kernel[launch.grid](*arguments, SUMMARY=True, **launch.constants)
 
 
-def selective_scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> tuple[Tensor, Tensor]:
+def selective_scan_forward(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, out_dtype
+) -> tuple[Tensor, Tensor]:
     """Output (B, D, L), channels adjacent in memory, and last state (B, D, N); arguments as the public function's."""
     launch = Launch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     batch, channels, length = u.shape
-    y = u.new_empty(batch, length, channels)
+    y = u.new_empty(batch, length, channels, dtype=out_dtype)
     last = u.new_empty(batch, channels, launch.state, dtype=torch.float32)
     if launch.segments > 1:
         summarise(launch, y, last)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import FLOATS, check_positive, check_tensor, computing_dtype
+from ..checks import check_positive, check_tensor, checked_dtype, computing_dtype
 from .op import selective_scan_2d_op
 from .reference import selective_scan_2d_reference
 
@@ -45,7 +45,7 @@ def selective_scan_2d(
         (B, D, H, W) in channel-last memory.
 
     Raises:
-        TypeError: If an argument is no tensor.
+        TypeError: If an argument is no tensor, or ``out_dtype`` no dtype.
         ValueError: If a shape, dtype, device or the backend is wrong; the sentence names the argument.
     """
     check_tensor("x", x, ("B", "D", "H", "W"))
@@ -61,9 +61,7 @@ def selective_scan_2d(
     check_tensor("x_proj_weight", x_proj_weight, (4, rank + 2 * state, channels), x.device)
     check_tensor("dt_proj_bias", dt_proj_bias, (4, channels), x.device)
     check_tensor("D", D, (4 * channels,), x.device)
-    out_dtype = computing_dtype(x) if out_dtype is None else out_dtype
-    if out_dtype not in FLOATS:
-        raise ValueError(f"out_dtype must be float16, bfloat16, float32 or float64, but it is {out_dtype}")
+    out_dtype = checked_dtype("out_dtype", out_dtype, computing_dtype(x))
     backend = dispatch.requested_backend(backend)
     weights = (x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
     if backend == "reference":
