@@ -9,7 +9,7 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-from mmvssm.checkpoints.convert import BACKBONE, convert_official, describe_backbone
+from mmvssm.checkpoints.convert import BACKBONE, convert_official, describe_backbone, holds_official_names
 from mmvssm.checkpoints.families import Family, StateDict, get_family
 from mmvssm.checkpoints.reader import read_checkpoint
 from mmvssm.checkpoints.wrappers import unwrap
@@ -115,6 +115,42 @@ def load_into(
     target.load_state_dict(fitting, strict=False)
     print_log(report.summary(), logger="current", level=logging.INFO if report.fits else logging.WARNING)
     return report
+
+
+def under_our_names(module: nn.Module, checkpoint: Any) -> Any:
+    """A checkpoint as MMEngine's loading, which goes by names, can use it for a model with one of our backbones.
+
+    Args:
+        module: The model that is to be loaded.
+        checkpoint: What a file held.
+
+    Returns:
+        `checkpoint` itself if the model has no backbone of ours or the names are not those of the authors. Else a dict
+        with `meta` and `state_dict`. Its backbone is that of `module`, which has been loaded by `load_into`, its heads
+        are those of the file.
+
+    Raises:
+        ValueError: The file is of the authors, but its backbone does not fit.
+    """
+    target = module.module if is_model_wrapper(module) else module
+    is_backbone = isinstance(getattr(target, "family", None), str)
+    backbone = target if is_backbone else getattr(target, "backbone", None)
+    if not isinstance(getattr(backbone, "family", None), str) or not isinstance(checkpoint, dict):
+        return checkpoint
+    prefer_ema = get_family(backbone.family).prefer_ema
+    try:  # what MMEngine would take; then what stands beside it
+        tensors = unwrap(checkpoint.get("state_dict", checkpoint), prefer_ema)
+    except ValueError:
+        return checkpoint
+    if not holds_official_names(tensors):
+        return checkpoint
+    tensors = unwrap(checkpoint, prefer_ema)
+    load_into(backbone, tensors)
+    prefix = "" if is_backbone else BACKBONE
+    converted = convert_official(tensors, backbone.family)
+    heads = {} if is_backbone else {k: v for k, v in converted.items() if not k.startswith(BACKBONE)}
+    loaded = {prefix + k: v for k, v in backbone.state_dict().items()}
+    return {"meta": checkpoint.get("meta", {}), "state_dict": {**loaded, **heads}}
 
 
 def _convert(tensors: StateDict, family: Family, report: LoadReport) -> StateDict:
