@@ -1,16 +1,19 @@
 """The zoo through the entry points of mmpretrain, mmdet, mmseg and MMEngine, with small models and their files."""
 
+import re
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from PIL import Image
 
 import mmvssm
 from mmvssm.apis import zoo
 from mmvssm.checkpoints.families import get_family
 from mmvssm.utils import model_index
+from tests.helpers import ROOT
 
 NAMES = {
     "mmpretrain": "vmamba-tiny-s1l8_8xb128_in1k",
@@ -103,12 +106,20 @@ def official(model, classifier: bool) -> dict:
 
 @pytest.fixture
 def zoo_of_small_ones(published, monkeypatch):
-    """The metafiles and configs of the zoo, with the small models in the place of three of theirs."""
+    """The zoo, with the small models and their files in the place of three of its models."""
+    import mmpretrain
+    from mmpretrain.apis.model import ModelHub
+
+    mmpretrain.list_models("vmamba")  # fills the hub
     infos = {
         NAMES[library]: model_index.ModelInfo(NAMES[library], config, "VMamba", weights=str(file))
         for library, (config, _, file) in published.items()
     }
-    monkeypatch.setattr(zoo, "model_info", lambda name: infos[name] if name in infos else zoo.config_path(name))
+    monkeypatch.setattr(model_index, "published_models", lambda: infos)
+    monkeypatch.setattr(zoo, "_configs", lambda: {name: info.config for name, info in infos.items()})
+    entry, info = ModelHub._models_dict[NAMES["mmpretrain"]], infos[NAMES["mmpretrain"]]
+    monkeypatch.setattr(entry, "config", str(info.config))
+    monkeypatch.setattr(entry, "weights", info.weights)
     return published
 
 
@@ -125,19 +136,6 @@ def same_weights(model, expected) -> bool:
 
 
 class TestMMPretrain:
-    @pytest.fixture
-    def hub(self, published, monkeypatch):
-        """The hub, with the small classifier under its name."""
-        import mmpretrain
-        from mmpretrain.apis.model import ModelHub
-
-        mmpretrain.list_models("vmamba")
-        entry = ModelHub._models_dict[NAMES["mmpretrain"]]
-        config, model, file = published["mmpretrain"]
-        monkeypatch.setattr(entry, "config", str(config))
-        monkeypatch.setattr(entry, "weights", str(file))
-        return model
-
     def test_list_models(self):
         import mmpretrain
 
@@ -149,9 +147,10 @@ class TestMMPretrain:
         assert mmpretrain.list_models("mask-rcnn_vmamba*") == []  # mmpretrain could not build them
         assert "resnet50_8xb32_in1k" in mmpretrain.list_models("resnet50")
 
-    def test_get_model(self, hub):
+    def test_get_model(self, zoo_of_small_ones):
         import mmpretrain
 
+        hub = zoo_of_small_ones["mmpretrain"][1]
         model = mmpretrain.get_model(NAMES["mmpretrain"])
         assert not same_weights(model, hub)
         assert model._metainfo.results[0].metrics["Top 1 Accuracy"] == 82.6
@@ -164,7 +163,7 @@ class TestMMPretrain:
             ).extract_feat(torch.zeros(1, 3, 64, 64))
         ] == WIDTHS
 
-    def test_inference(self, hub):
+    def test_inference(self, zoo_of_small_ones):
         import mmpretrain
 
         model = mmpretrain.get_model(NAMES["mmpretrain"], pretrained=True)
@@ -269,6 +268,42 @@ class TestMMEngine:
         cfg = get_config("mmvssm::vmamba/vmamba-tiny-s1l8_8xb128_in1k.py", pretrained=True)
         assert cfg.model.backbone.arch == "tiny-s1l8"
         assert cfg.model_path == mmvssm.model_info("vmamba-tiny-s1l8").weights
+
+
+def blocks_of_the_page() -> list[str]:
+    text = (ROOT / "docs" / "zoo.md").read_text()
+    return re.findall(r"^<!-- needs: network -->\n```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "code", blocks_of_the_page(), ids=lambda code: (re.findall(r"mm(?:pre|det|seg)\w*", code) or ["ours"])[0]
+)
+def test_the_page_runs(zoo_of_small_ones, tmp_path, monkeypatch, code):
+    """What docs/zoo.md shows with published weights runs with the small models and files under the same names."""
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(IMAGE).save("image.jpg")
+    exec(compile(code, "block", "exec"), {"__name__": "block"})
+    for folder in re.findall(r'out_dir="(\w+)"', code):
+        assert list((tmp_path / folder).rglob("*.jpg"))
+
+
+@pytest.mark.parametrize(
+    ("family", "title"), [("VMamba", None), ("MambaVision", None), ("ViG", "ViG and ViG-H"), ("Vim", None)]
+)
+def test_the_page_has_every_family(family, title):
+    from mmvssm import models
+
+    text = (ROOT / "docs" / "zoo.md").read_text()
+    section = text.split(f"\n## {title or family}\n")[1].split("\n## ")[0]
+    for arch in getattr(models, family).arch_zoo:
+        assert f"`{arch}`" in section
+    published = [info for info in model_index.published_models().values() if info.family == family]
+    licenses = {info.license for info in published if info.license}
+    assert len(licenses) == 1
+    assert licenses.pop().split(",")[0] in section.replace("unclear: ", "")
+    short = re.findall(r'get_backbone\("([\w-]+)", checkpoint="official"\)', section)
+    assert short
+    assert all(mmvssm.model_info(name).weights for name in short)
 
 
 def test_what_mim_reads():
