@@ -117,17 +117,16 @@ def load_into(
     return report
 
 
-def under_our_names(module: nn.Module, checkpoint: Any) -> Any:
-    """A checkpoint as MMEngine's loading, which goes by names, can use it for a model with one of our backbones.
+def under_our_names(module: nn.Module, state_dict: Any) -> Any:
+    """A state dict as MMEngine's loading, which goes by names, can use it for a model with one of our backbones.
 
     Args:
         module: The model that is to be loaded.
-        checkpoint: What a file held.
+        state_dict: What MMEngine found: a state dict, or a wrapper that it does not know.
 
     Returns:
-        `checkpoint` itself if the model has no backbone of ours or the names are not those of the authors. Else a dict
-        with `meta` and `state_dict`. Its backbone is that of `module`, which has been loaded by `load_into`, its heads
-        are those of the file.
+        `state_dict` itself if the model has no backbone of ours or the names are not those of the authors. Else one
+        under our names, with the backbone of `module`, which has been loaded by `load_into`, and the heads of the file.
 
     Raises:
         ValueError: The file is of the authors, but its backbone does not fit.
@@ -135,22 +134,19 @@ def under_our_names(module: nn.Module, checkpoint: Any) -> Any:
     target = module.module if is_model_wrapper(module) else module
     is_backbone = isinstance(getattr(target, "family", None), str)
     backbone = target if is_backbone else getattr(target, "backbone", None)
-    if not isinstance(getattr(backbone, "family", None), str) or not isinstance(checkpoint, dict):
-        return checkpoint
-    prefer_ema = get_family(backbone.family).prefer_ema
-    try:  # what MMEngine would take; then what stands beside it
-        tensors = unwrap(checkpoint.get("state_dict", checkpoint), prefer_ema)
-    except ValueError:
-        return checkpoint
+    if not isinstance(getattr(backbone, "family", None), str) or not isinstance(state_dict, dict):
+        return state_dict
+    try:
+        tensors = unwrap(state_dict, get_family(backbone.family).prefer_ema)
+    except ValueError:  # MMEngine says what it misses
+        return state_dict
     if not holds_official_names(tensors):
-        return checkpoint
-    tensors = unwrap(checkpoint, prefer_ema)
+        return state_dict
     load_into(backbone, tensors)
-    prefix = "" if is_backbone else BACKBONE
-    converted = convert_official(tensors, backbone.family)
-    heads = {} if is_backbone else {k: v for k, v in converted.items() if not k.startswith(BACKBONE)}
-    loaded = {prefix + k: v for k, v in backbone.state_dict().items()}
-    return {"meta": checkpoint.get("meta", {}), "state_dict": {**loaded, **heads}}
+    if is_backbone:
+        return backbone.state_dict()
+    heads = {k: v for k, v in convert_official(tensors, backbone.family).items() if not k.startswith(BACKBONE)}
+    return {**backbone.state_dict(prefix=BACKBONE), **heads}
 
 
 def _convert(tensors: StateDict, family: Family, report: LoadReport) -> StateDict:

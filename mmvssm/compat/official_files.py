@@ -19,12 +19,15 @@ def install() -> None:
 
 
 def _extend(module: ModuleType) -> None:
-    load = module._load_checkpoint_to_model
+    # Functions that other modules hold already look this one up when they are called.
+    load = getattr(module, "load_state_dict", None)
+    if load is None:
+        return
 
     @functools.wraps(load)
-    def load_any(model: Any, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_any(model: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         from mmvssm.checkpoints.loading import under_our_names
 
-        return load(model, under_our_names(model, checkpoint), *args, **kwargs)
+        return load(model, under_our_names(model, state_dict), *args, **kwargs)
 
-    module._load_checkpoint_to_model = load_any
+    module.load_state_dict = load_any

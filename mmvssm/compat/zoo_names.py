@@ -21,8 +21,10 @@ def install() -> None:
 
 
 def _extend_hub(module: ModuleType) -> None:
-    hub = module.ModelHub
-    fill = hub._register_mmpretrain_models
+    hub = getattr(module, "ModelHub", None)
+    fill = getattr(hub, "_register_mmpretrain_models", None)
+    if fill is None:  # a version that fills it in another way does not know our names
+        return
 
     @functools.wraps(fill)
     def fill_with_ours(cls: type) -> None:
@@ -52,7 +54,9 @@ def _add_classifiers(hub: Any) -> None:
 
 
 def _extend_inferencers(module: ModuleType) -> None:
-    look_up = module.BaseInferencer._load_model_from_metafile
+    look_up = getattr(module.BaseInferencer, "_load_model_from_metafile", None)
+    if look_up is None:
+        return
 
     @functools.wraps(look_up)
     def look_up_ours_first(self: Any, model: str) -> tuple[Any, str | None]:

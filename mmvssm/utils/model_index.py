@@ -77,13 +77,9 @@ def root() -> Path:
 
 
 @functools.cache
-def published_models(folder: Path | None = None) -> dict[str, ModelInfo]:
-    """All entries of the metafiles, name -> entry, in their order.
-
-    Args:
-        folder: Where `model-index.yml` is; `root()` by default.
-    """
-    folder = root() if folder is None else folder
+def published_models() -> dict[str, ModelInfo]:
+    """All entries of the metafiles, name -> entry, in their order."""
+    folder = root()
     found: dict[str, ModelInfo] = {}
     for file in _read(folder / "model-index.yml")["Import"]:
         content = _read(folder / file)
