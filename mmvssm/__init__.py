@@ -14,7 +14,7 @@ from mmvssm import compat
 from mmvssm.version import __version__
 
 if TYPE_CHECKING:
-    from mmvssm.apis import get_backbone, get_model, list_models
+    from mmvssm.apis import get_backbone, get_model, list_models, model_info
     from mmvssm.apis.features import extract_features
     from mmvssm.checkpoints import convert_official
 
@@ -23,11 +23,20 @@ _LAZY = {
     "list_models": "mmvssm.apis",
     "get_model": "mmvssm.apis",
     "get_backbone": "mmvssm.apis",
+    "model_info": "mmvssm.apis",
     "extract_features": "mmvssm.apis.features",
     "convert_official": "mmvssm.checkpoints",
 }
 
-__all__ = ["__version__", "convert_official", "extract_features", "get_backbone", "get_model", "list_models"]
+__all__ = [
+    "__version__",
+    "convert_official",
+    "extract_features",
+    "get_backbone",
+    "get_model",
+    "list_models",
+    "model_info",
+]
 
 compat.install()
 

@@ -1,5 +1,5 @@
 """Functions for users: the model zoo."""
 
-from mmvssm.apis.zoo import config_path, get_backbone, get_model, list_models
+from mmvssm.apis.zoo import config_path, get_backbone, get_model, list_models, model_info
 
-__all__ = ["config_path", "get_backbone", "get_model", "list_models"]
+__all__ = ["config_path", "get_backbone", "get_model", "list_models", "model_info"]

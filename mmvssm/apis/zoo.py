@@ -15,9 +15,14 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from torch import nn
 
+from mmvssm.utils import model_index
+from mmvssm.utils.model_index import ModelInfo
+
+OFFICIAL = "official"
+"""Value of `checkpoint` that stands for the file the authors published for the model."""
+
 # Default scope of a config, which is also the library that builds its model -> task.
 TASKS = {"mmpretrain": "classification", "mmdet": "detection", "mmseg": "segmentation"}
-_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
@@ -52,7 +57,8 @@ def get_model(
 
     Args:
         name: A name from `list_models`, or a short one such as 'vmamba-tiny-s1l8' (its ImageNet classifier).
-        checkpoint: Path or URL of weights for the whole model, ours or the authors', in any published layout.
+        checkpoint: Path or URL of weights for the whole model, ours or the authors', in any published layout, or
+            'official' for the file that the authors published for it.
         device: Where the model goes.
         **backbone_overrides: Replace or add arguments of the backbone, e.g. `drop_path_rate=0.`.
 
@@ -60,9 +66,10 @@ def get_model(
         The model, in eval mode.
 
     Raises:
-        ValueError: Unknown name (near ones are listed), or the checkpoint does not fit.
+        ValueError: Unknown name (near ones are listed), no published weights, or the checkpoint does not fit.
         ImportError: The owning library is not installed.
     """
+    checkpoint = resolve_checkpoint(name, checkpoint)
     config = _model_config(name, backbone_overrides)
     model = _build(config, config.model)
     return _finish(model, checkpoint, device)
@@ -79,8 +86,9 @@ def get_backbone(
 
     Args:
         name: As in `get_model`.
-        checkpoint: Path or URL of weights of the backbone or of a model around it; classifiers, necks and heads in it
-            are left out. Norms after the output stages are loaded only if the file has all of them.
+        checkpoint: Path or URL of weights of the backbone or of a model around it, or 'official' for the file that the
+            authors published for the model. Classifiers, necks and heads in it are left out; norms after the output
+            stages are loaded only if the file has all of them.
         out_indices: Stages to return; None for those of the config (the last one for a classifier).
         device: Where the backbone goes.
         **overrides: Replace or add arguments of the backbone.
@@ -91,6 +99,7 @@ def get_backbone(
     Raises:
         ValueError, ImportError: As `get_model`.
     """
+    checkpoint = resolve_checkpoint(name, checkpoint)
     if out_indices is not None:
         overrides["out_indices"] = out_indices
     config = _model_config(name, overrides)
@@ -101,7 +110,7 @@ def get_backbone(
 
 
 def config_path(name: str) -> Path:
-    """File of the config that `name` (a name from `list_models`, or a short one) stands for.
+    """File of the config that `name` (a name from `list_models` or a metafile, or a short one) stands for.
 
     Raises:
         ValueError: Unknown name; the sentence lists near ones.
@@ -109,31 +118,73 @@ def config_path(name: str) -> Path:
     configs = _configs()
     if name in configs:
         return configs[name]
-    # The plainest ImageNet recipe: several may differ in input size or precision.
-    shorts: dict[str, str] = {}
-    for stem in sorted(list_models("*_*in1k*", "classification"), key=len):
-        shorts.setdefault(stem.partition("_")[0], stem)
+    shorts = _short_names()
     if name in shorts:
         return configs[shorts[name]]
+    if (published := model_index.find_published(name)) is not None:  # a further file for the same config
+        return published.config
     near = difflib.get_close_matches(str(name), [*sorted(shorts), *sorted(configs)], n=4, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else "see mmvssm.list_models()."
     raise ValueError(f"There is no model named {name!r}; {hint}")
 
 
-def _config_root() -> Path:
-    """`configs` of the source checkout, or its copy in the installed package."""
-    for root in (_PACKAGE / ".mim" / "configs", _PACKAGE.parent / "configs"):
-        if root.is_dir():
-            return root
-    raise FileNotFoundError(f"The configs of mmvssm were not found beside {_PACKAGE}; install the package again.")
+def model_info(name: str) -> ModelInfo:
+    """What is published of a model: results, size and cost, the authors' file with its licence, doubtful figures.
+
+    Args:
+        name: As in `get_model`, or a name of a metafile.
+
+    Returns:
+        The entry. For a config without published results it holds the name, the config and the family only.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    published = model_index.find_published(name)
+    if published is None:
+        path = config_path(name)
+        published = model_index.find_published(path.stem)
+    if published is None:
+        relatives = (m.family for m in model_index.published_models().values() if m.config.parent == path.parent)
+        published = ModelInfo(path.stem, path, next(relatives, path.parent.name))
+    return published
+
+
+def resolve_checkpoint(name: str, checkpoint: str | os.PathLike | None) -> str | os.PathLike | None:
+    """The address that `checkpoint='official'` stands for with this model; any other value comes back as it is.
+
+    Raises:
+        ValueError: The authors published no weights for the model; a classifier that has some is named.
+    """
+    if checkpoint != OFFICIAL:
+        return checkpoint
+    info = model_info(name)
+    if info.weights is not None:
+        return info.weights
+    parts = set(info.name.split("_"))
+    near = [short for short in _short_names() if short in parts and model_info(short).weights is not None]
+    hint = f"; there are some of its ImageNet classifier {near[0]!r}" if near else ""
+    raise ValueError(f"checkpoint='official': the authors published no weights for {info.name!r}{hint}.")
+
+
+def _config_folder() -> Path:
+    return model_index.root() / "configs"
+
+
+def _short_names() -> dict[str, str]:
+    """Short name -> stem of the plainest ImageNet recipe; several may differ in input size or precision."""
+    shorts: dict[str, str] = {}
+    for stem in sorted(list_models("*_*in1k*", "classification"), key=len):
+        shorts.setdefault(stem.partition("_")[0], stem)
+    return shorts
 
 
 @functools.cache
 def _configs() -> dict[str, Path]:
     """Stem -> file; folders that begin with an underscore hold parts of configs and baselines."""
     found: dict[str, Path] = {}
-    for path in sorted(_config_root().rglob("*.py")):
-        folders = path.relative_to(_config_root()).parts[:-1]
+    for path in sorted(_config_folder().rglob("*.py")):
+        folders = path.relative_to(_config_folder()).parts[:-1]
         if not any(part.startswith((".", "_")) for part in folders):
             found[path.stem] = path
     return found
@@ -172,6 +223,8 @@ def _model_config(name: str, backbone_overrides: dict[str, Any]) -> Config:
         ) from error
     _drop_pretrained(config.model)
     config.model.backbone.update(backbone_overrides)
+    if config.get("data_preprocessor") is not None:  # where classifiers have theirs
+        config.model.setdefault("data_preprocessor", config.data_preprocessor)
     return config
 
 

@@ -41,6 +41,15 @@ def convert_official(state_dict: Any, family: str | None = None, prefer_ema: boo
     raise ValueError(_no_family_sentence(tensors, asked))
 
 
+def holds_official_names(tensors: StateDict) -> bool:
+    """Whether the backbone in `tensors` (any prefix) has the names of the authors of some family, not ours."""
+    for prefix in _candidate_prefixes(tensors):
+        family = detect_family({k[len(prefix) :] for k in tensors if k.startswith(prefix)})
+        if family is not None:
+            return not family.is_ours({k[len(prefix) :] for k in tensors if k.startswith(prefix)})
+    return False
+
+
 def describe_backbone(state_dict: StateDict, family: Family) -> tuple[str | None, str]:
     """Arch name (or None) and description of the backbone in `state_dict` (our names, `backbone.*` or bare)."""
     prefix = BACKBONE if any(k.startswith(BACKBONE) for k in state_dict) else ""

@@ -9,7 +9,7 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-from mmvssm.checkpoints.convert import BACKBONE, convert_official, describe_backbone
+from mmvssm.checkpoints.convert import BACKBONE, convert_official, describe_backbone, holds_official_names
 from mmvssm.checkpoints.families import Family, StateDict, get_family
 from mmvssm.checkpoints.reader import read_checkpoint
 from mmvssm.checkpoints.wrappers import unwrap
@@ -115,6 +115,38 @@ def load_into(
     target.load_state_dict(fitting, strict=False)
     print_log(report.summary(), logger="current", level=logging.INFO if report.fits else logging.WARNING)
     return report
+
+
+def under_our_names(module: nn.Module, state_dict: Any) -> Any:
+    """A state dict as MMEngine's loading, which goes by names, can use it for a model with one of our backbones.
+
+    Args:
+        module: The model that is to be loaded.
+        state_dict: What MMEngine found: a state dict, or a wrapper that it does not know.
+
+    Returns:
+        `state_dict` itself if the model has no backbone of ours or the names are not those of the authors. Else one
+        under our names, with the backbone of `module`, which has been loaded by `load_into`, and the heads of the file.
+
+    Raises:
+        ValueError: The file is of the authors, but its backbone does not fit.
+    """
+    target = module.module if is_model_wrapper(module) else module
+    is_backbone = isinstance(getattr(target, "family", None), str)
+    backbone = target if is_backbone else getattr(target, "backbone", None)
+    if not isinstance(getattr(backbone, "family", None), str) or not isinstance(state_dict, dict):
+        return state_dict
+    try:
+        tensors = unwrap(state_dict, get_family(backbone.family).prefer_ema)
+    except ValueError:  # MMEngine says what it misses
+        return state_dict
+    if not holds_official_names(tensors):
+        return state_dict
+    load_into(backbone, tensors)
+    if is_backbone:
+        return backbone.state_dict()
+    heads = {k: v for k, v in convert_official(tensors, backbone.family).items() if not k.startswith(BACKBONE)}
+    return {**backbone.state_dict(prefix=BACKBONE), **heads}
 
 
 def _convert(tensors: StateDict, family: Family, report: LoadReport) -> StateDict:

@@ -1,5 +1,6 @@
 """Opening checkpoint files without executing anything in them."""
 
+import contextlib
 import os
 import tarfile
 import types
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from mmvssm.checkpoints import unpickle
+from mmvssm.checkpoints.download import download
 
 _PICKLE_MODULE = types.SimpleNamespace(
     __name__="mmvssm.checkpoints.unpickle", Unpickler=unpickle.Unpickler, load=unpickle.load
@@ -20,6 +22,10 @@ _NOT_A_CHECKPOINT = (
     ((b"\x89hdf",), "is an HDF5 file, not a PyTorch checkpoint"),
     ((b"\x1f\x8b",), "is gzip-compressed; unpack it first"),
 )
+
+
+class RefusedFileError(ValueError):
+    """A file that is whole, but asks for more than data."""
 
 
 def load_file(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
@@ -57,7 +63,7 @@ def load_file(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
     try:
         return _load_pickled(path, map_location)
     except unpickle.RefusedError as error:
-        raise ValueError(
+        raise RefusedFileError(
             f"{path} is refused because it holds more than data: {_printable(error)}. Nothing of it was executed. If "
             "you trust its source, open it elsewhere with torch.load(weights_only=False) and save its tensors alone."
         ) from None
@@ -70,56 +76,44 @@ def load_file(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
 
 
 def read_checkpoint(source: str | os.PathLike, map_location: Any = "cpu") -> Any:
-    """Open a checkpoint given by path or by http(s) / file URL; downloads are cached and show their progress.
+    """Open a checkpoint given by path or by http(s) / file URL; see `download` for URLs.
 
     Args:
-        source: Path or URL. Downloads go to the `checkpoints` folder of `torch.hub.get_dir()`, as in the OpenMMLab
-            libraries.
+        source: Path or URL.
         map_location: As in `torch.load`.
 
     Returns:
         What was saved, see `load_file`.
 
     Raises:
-        ValueError, FileNotFoundError: As `load_file`; ValueError too if the download fails.
+        ValueError, FileNotFoundError: As `load_file` and `download`.
     """
     source = os.fspath(source)
     if source.startswith(("http://", "https://")):
-        source = download(source)
+        source = download(source, check_name=True)
     elif source.startswith("file://"):
         source = source.removeprefix("file://")
     return load_file(source, map_location)
 
 
-def download(url: str, folder: str | os.PathLike | None = None) -> str:
-    """Fetch `url` once into torch's checkpoint cache (rank 0 downloads, the others wait) and return its path."""
-    from urllib.parse import unquote, urlparse
+def check_whole(path: Path) -> None:
+    """Raise ValueError if a file is no checkpoint, or cut short or damaged as far as its format can tell.
 
-    from mmengine.dist import get_dist_info
-
-    folder = Path(folder or os.path.join(torch.hub.get_dir(), "checkpoints"))
-    target = folder / (unquote(Path(urlparse(url).path).name) or "checkpoint.pth").replace("/", "_")
-    rank, world_size = get_dist_info()
-    try:
-        if rank == 0:
-            _fetch(url, target)
-    finally:
-        if world_size > 1:
-            torch.distributed.barrier()
-    _fetch(url, target)  # on other nodes, whose caches rank 0 does not see
-    return str(target)
-
-
-def _fetch(url: str, target: Path) -> None:
-    from urllib.error import URLError
-
-    if target.exists():
+    Archives, which torch writes since 1.6, have checksums of all they hold; of others only the structure shows damage.
+    """
+    _check_is_file(path)
+    if not zipfile.is_zipfile(path):
+        with contextlib.suppress(RefusedFileError):  # whole, and what it asks for concerns who opens it
+            load_file(path)
         return
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(target), progress=True)
-    except (URLError, OSError) as error:
-        raise ValueError(f"{url} could not be downloaded ({error}); fetch it by hand and give its path.") from error
+    _check_zip(path)
+    with zipfile.ZipFile(path) as archive:
+        try:
+            damaged = archive.testzip()
+        except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+            raise ValueError(f"{path} is truncated or damaged ({error}).") from error
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: the checksum of {damaged} in it is wrong.")
 
 
 def _load_pickled(path: Path, map_location: Any) -> Any:

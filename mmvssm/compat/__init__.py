@@ -11,9 +11,11 @@ from mmvssm.compat import (
     find_loader,
     installed_path,
     mmcv_ext,
+    official_files,
     scope,
     torchvision_repair,
     transformers5,
+    zoo_names,
 )
 from mmvssm.compat.pieces import Piece, all_pieces, summary
 
@@ -36,6 +38,8 @@ def install() -> None:
         installed_path,
         transformers5,
         checkpoint_loading,
+        official_files,
+        zoo_names,
         announce,
     ):
         piece.install()

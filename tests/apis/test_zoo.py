@@ -1,5 +1,6 @@
 """The zoo: names, building through the owning libraries, weights."""
 
+import socket
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import mmvssm
 from mmvssm.apis import zoo
 from mmvssm.checkpoints import convert_official
 from mmvssm.checkpoints.families import get_family
+from mmvssm.utils import model_index
 from tests.checkpoints.official_files import CLASSES, GENERATIONS, vmamba_file
 from tests.helpers import ROOT
 
@@ -39,7 +41,7 @@ def small_zoo(tmp_path, monkeypatch):
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    monkeypatch.setattr(zoo, "_config_root", lambda: folder)
+    monkeypatch.setattr(zoo, "_config_folder", lambda: folder)
     zoo._configs.cache_clear()
     zoo._task.cache_clear()
     yield folder
@@ -89,11 +91,11 @@ class TestNames:
     def test_configs_of_an_installed_package(self, tmp_path, monkeypatch):
         package = tmp_path / "site" / "mmvssm"
         (package / ".mim" / "configs").mkdir(parents=True)
-        monkeypatch.setattr(zoo, "_PACKAGE", package)
-        assert zoo._config_root() == package / ".mim" / "configs"
-        monkeypatch.setattr(zoo, "_PACKAGE", tmp_path / "elsewhere")
+        monkeypatch.setattr(model_index, "PACKAGE", package)
+        assert zoo._config_folder() == package / ".mim" / "configs"
+        monkeypatch.setattr(model_index, "PACKAGE", tmp_path / "elsewhere")
         with pytest.raises(FileNotFoundError, match="configs of mmvssm were not found"):
-            zoo._config_root()
+            zoo._config_folder()
 
 
 class TestSmallClassifier:
@@ -151,6 +153,14 @@ class TestSmallClassifier:
         before = DefaultScope.get_current_instance()
         zoo.get_model("vmamba-micro")
         assert DefaultScope.get_current_instance() is before
+
+    def test_normalises_as_its_config_says(self, small_zoo):
+        """Classifiers have their preprocessor at the top of the config."""
+        text = SMALL + "data_preprocessor = dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0], to_rgb=True)\n"
+        (small_zoo / "vmamba" / "vmamba-micro_8xb1_in1k.py").write_text(text)
+        model = zoo.get_model("vmamba-micro")
+        assert model.data_preprocessor.mean.flatten().tolist() == [1, 2, 3]
+        assert model.data_preprocessor.to_rgb
 
     def test_a_library_that_is_not_installed(self, small_zoo, monkeypatch):
         monkeypatch.setitem(sys.modules, "mmpretrain.registry", None)
@@ -224,6 +234,88 @@ class TestLibraries:
     def test_backbone_of_a_detector(self):
         net = mmvssm.get_backbone("mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco", arch=GENERATIONS["v2"])
         assert net.out_indices == (0, 1, 2, 3)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Whatever opens a socket fails."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a network was asked for")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+class TestPublished:
+    def test_everything_but_weights_works_without_a_network(self, no_network):
+        """Listing, describing and building, of a model that has weights to download."""
+        import mmpretrain
+
+        assert len(mmvssm.list_models()) > 150
+        assert "vmamba-tiny-s1l8_8xb128_in1k" in mmpretrain.list_models("vmamba")
+        infos = [mmvssm.model_info(name) for name in mmvssm.list_models()]
+        assert sum(info.weights is not None for info in infos) > 50
+        arch = dict(embed_dims=8, depths=(1, 1, 1, 1))
+        mmvssm.get_backbone("mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco", arch=arch)
+        with pytest.raises(AssertionError, match="a network was asked for"):  # the test would see it
+            torch.hub.download_url_to_file("http://127.0.0.1:1/vig.pth", "vig.pth")
+
+    def test_info(self):
+        info = mmvssm.model_info("vig-tiny")
+        assert (info.name, info.family, info.tasks) == ("vig-tiny_8xb128_in1k", "ViG", ("classification",))
+        assert (info.parameters, info.flops, info.input_size) == (5_834_536, 1_176_000_000, (224, 224))
+        assert info.results == {"Top 1 Accuracy": 77.2}
+        assert info.file_name == "vig_t_77p2acc.pth"
+        assert len(info.sha256) == 64
+        assert info.license == "Apache-2.0"
+        assert info.suspect[0]["Figures"] == ["Published FLOPs"]
+        detector = mmvssm.model_info("mask-rcnn_vmamba-small-s2l15_fpn_1x_coco")
+        assert detector.tasks == ("detection",)
+        assert (detector.results["box AP"], detector.results["mask AP"]) == (48.7, 43.7)
+        assert detector.published == {"Parameters": "70 M", "FLOPs": "384 G"}
+
+    def test_info_of_what_has_no_results(self):
+        info = mmvssm.model_info("mask-rcnn_vig-tiny_simfpn_1x_coco")
+        assert (info.family, info.results, info.weights, info.license) == ("ViG", {}, None, None)
+        assert info.config.stem == info.name
+        with pytest.raises(ValueError, match="no model named 'vig-tinyy'; did you mean vig-tiny"):
+            mmvssm.model_info("vig-tinyy")
+
+    @pytest.mark.parametrize("name", list(model_index.published_models()))
+    def test_every_published_file_is_one_line(self, name):
+        """Every entry with a file gives its address, under its own name, its short name and that of its config."""
+        info = model_index.published_models()[name]
+        assert zoo.config_path(name) == info.config
+        if info.weights is not None:
+            assert zoo.resolve_checkpoint(name, "official") == info.weights
+            if name == info.config.stem and "in1k" in name:
+                assert zoo.resolve_checkpoint(name.partition("_")[0], "official") == info.weights
+
+    def test_other_checkpoints_are_left_alone(self, tmp_path):
+        for given in (None, "a.pth", tmp_path / "official", "https://example.org/official"):
+            assert zoo.resolve_checkpoint("vig-tiny", given) is given
+
+    @pytest.mark.parametrize("build", [mmvssm.get_model, mmvssm.get_backbone])
+    def test_without_published_weights(self, build):
+        with pytest.raises(ValueError, match=r"no weights for 'mask-rcnn_vig-t.*_coco'; .* classifier 'vig-tiny'\.$"):
+            build("mask-rcnn_vig-tiny_simfpn_1x_coco", checkpoint="official")
+
+    @pytest.mark.parametrize("build", [zoo.get_model, zoo.get_backbone])
+    def test_official_downloads_and_loads(self, small_zoo, tmp_path, monkeypatch, build):
+        """From the address in the metafile, here with a file in the cache."""
+        url = "https://example.org/vmamba-micro.pth"
+        config = small_zoo / "vmamba" / "vmamba-micro_8xb1_in1k.py"
+        info = model_index.ModelInfo(config.stem, config, "VMamba", weights=url)
+        monkeypatch.setattr(model_index, "published_models", lambda: {info.name: info})
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+        (tmp_path / "checkpoints").mkdir()
+        torch.save({"model": vmamba_file("v2", "current")}, tmp_path / "checkpoints" / "vmamba-micro.pth")
+        model = build("vmamba-micro", checkpoint="official")
+        backbone = getattr(model, "backbone", model)
+        expected = convert_official(vmamba_file("v2", "current"))["backbone.patch_embed.conv1.weight"]
+        assert torch.equal(backbone.patch_embed.conv1.weight, expected)
 
 
 def test_lazy_imports():

@@ -5,7 +5,6 @@ import builtins
 import collections
 import datetime
 import functools
-import http.server
 import importlib
 import io
 import operator
@@ -14,7 +13,6 @@ import pathlib
 import pickle
 import subprocess
 import sys
-import threading
 import types
 import zipfile
 
@@ -428,43 +426,6 @@ class TestHostileFiles:
 
 
 class TestSources:
-    def test_urls_are_downloaded_once_and_read_safely(self, tmp_path, monkeypatch):
-        """From a server in this process, through torch's own downloader."""
-        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
-        save({"a": torch.ones(1)}, tmp_path / "tiny.pth")
-        requests = []
-
-        class Handler(http.server.SimpleHTTPRequestHandler):
-            def __init__(self, *args):
-                super().__init__(*args, directory=str(tmp_path))
-
-            def log_message(self, *args):
-                requests.append(self.path)
-
-        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            for _ in range(2):
-                loaded = read_checkpoint(f"http://127.0.0.1:{server.server_port}/tiny.pth?x=%23v2")
-                assert torch.equal(loaded["a"], torch.ones(1))
-            with pytest.raises(ValueError, match=r"absent.pth could not be downloaded \(HTTP Error 404"):
-                read_checkpoint(f"http://127.0.0.1:{server.server_port}/absent.pth")
-            server.shutdown()
-        assert requests.count("/tiny.pth?x=%23v2") == 1
-        assert (tmp_path / "cache" / "checkpoints" / "tiny.pth").exists()
-
-    def test_failed_download(self, tmp_path, monkeypatch):
-        from urllib.error import URLError
-
-        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-
-        def fail(*args, **kwargs):
-            raise URLError("no route")
-
-        monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-        with pytest.raises(ValueError, match=r"https://example.org/a.pth could not be downloaded \(.*no route"):
-            read_checkpoint("https://example.org/a.pth")
-
     def test_file_url_and_home(self, tmp_path, monkeypatch):
         path = save({"a": torch.ones(1)}, tmp_path / "a.pth")
         monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,14 +1,12 @@
-"""The settings of Vim: the authors' recipes, what is ours, and the numbers in the metafile."""
+"""The settings of Vim: the authors' recipes, and what is ours."""
 
 import re
 
 import pytest
-import torch
 import yaml
 from mmengine.optim import build_optim_wrapper
 
 from tests.configs.conftest import CONFIGS, config_files, parsed
-from tests.helpers import ROOT
 
 FOLDER = CONFIGS / "vim"
 METAFILE = yaml.safe_load((FOLDER / "metafile.yml").read_text())["Models"]
@@ -217,27 +215,9 @@ def test_heads_of_the_authors_detector():
         assert all(isinstance(conv.norm, LayerNorm2d) for conv in head.convs)
 
 
-@pytest.mark.parametrize("entry", METAFILE, ids=lambda entry: entry["Name"])
-def test_metafile_entry(entry):
-    """The config exists, and its model has the published size and the FLOPs that our tool counts."""
-    from mmvssm.analysis import count_parameters, model_cost
-    from tests.configs.test_configs import build
-
-    cfg = parsed(ROOT / entry["Config"])
-    assert entry["Name"] == (ROOT / entry["Config"]).stem
-    assert entry["In Collection"] == "Vim"
-    model = build(cfg, "meta")
-    assert count_parameters(model) == entry["Metadata"]["Parameters"]
-    if "-plus" not in entry["Name"]:  # the same blocks on four times as many tokens
-        with torch.device("meta"):
-            cost = model_cost(model, (224, 224))
-        assert round(cost.flops.total, -6) == entry["Metadata"]["FLOPs"]
-
-
-def test_metafile_and_readme_cover_the_folder():
+def test_readme_covers_the_folder():
     names = [entry["Name"] for entry in METAFILE]
     assert sorted(names) == sorted(f.stem for f in config_files("vim") if f.stem.endswith("in1k"))
-    assert "configs/vim/metafile.yml" in yaml.safe_load((ROOT / "model-index.yml").read_text())["Import"]
     text = (FOLDER / "README.md").read_text()
     targets = re.findall(r"\]\((\./[^)#]+)\)", text)
     assert [target for target in targets if not (FOLDER / target).exists()] == []
@@ -247,5 +227,3 @@ def test_metafile_and_readme_cover_the_folder():
         for kind in ("mask-rcnn", "cascade-mask-rcnn")
         for arch in WIDTHS
     }
-    for entry in METAFILE:
-        assert entry["Converted From"]["Weights"] in text
