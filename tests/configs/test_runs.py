@@ -2,65 +2,18 @@
 
 import inspect
 import math
-from pathlib import Path
 
 import pytest
-from mmengine.config import Config
-from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from tests.configs.conftest import CONFIGS, FAMILIES, config_files, parsed
-from tests.tools import miniature, shrink
-from tests.tools.conftest import clear_instances
+from tests.tools import shrink
 
 FILES = config_files(*FAMILIES, "_baselines_", "_examples_")
 READ_BY_RUNNER = set(inspect.signature(Runner).parameters)
-VALIDATION = ("val_cfg", "val_dataloader", "val_evaluator")
 
 # What has run in this process and passed: contents of shrunk configs.
 passed: list[dict] = []
-
-
-class Watch(Hook):
-    """Notes the losses, and for every parameter to which a gradient comes whether it is finite."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.gradients: dict[str, bool] = {}
-
-    def before_train(self, runner: Runner) -> None:
-        def note(name: str):
-            return lambda gradient: self.gradients.update({name: bool(gradient.isfinite().all())})
-
-        for name, parameter in runner.model.named_parameters():
-            parameter.register_hook(note(name))
-
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        self.losses.append(float(outputs["loss"]))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    pytest.importorskip("mmdet", reason="needs mmdet")
-    return miniature.make_everything(tmp_path_factory.mktemp("everything"))
-
-
-@pytest.fixture
-def runner_of(data, tmp_path, monkeypatch):
-    """A function that makes the runner of a config, in the folder in which the configs find their data."""
-    monkeypatch.chdir(data)
-    monkeypatch.setattr("mmengine.runner.runner.collect_env", dict)  # asks compilers for their versions
-
-    def make(cfg: Config) -> tuple[Runner, Watch]:
-        clear_instances()
-        cfg.work_dir = str(tmp_path)
-        cfg.randomness = dict(seed=0)
-        cfg.update(dict.fromkeys(VALIDATION))  # tested below, once
-        runner, watch = Runner.from_cfg(cfg), Watch()
-        runner.register_hook(watch)
-        return runner, watch
-
-    return make
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
