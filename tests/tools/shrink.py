@@ -81,7 +81,7 @@ ARCHS = {
 }
 
 
-@OPTIM_WRAPPERS.register_module(force=True)
+@OPTIM_WRAPPERS.register_module()
 class Bfloat16OptimWrapper(OptimWrapper):
     """What AmpOptimWrapper does with bfloat16 on a GPU, on a CPU. There is no loss to be scaled."""
 
