@@ -78,7 +78,9 @@ def enable_drawing(cfg, args: argparse.Namespace, task: str) -> None:
 # Augmentation for configs that bring none: the image and its mirror image.
 _TTA_MODELS = {
     "classification": dict(type="mmpretrain.AverageClsScoreTTA"),
-    "detection": dict(type="DetTTAModel", tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)),
+    "detection": dict(
+        type="mmvssm.InstanceTTAModel", tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)
+    ),
     "segmentation": dict(type="mmseg.SegTTAModel"),
 }
 _DET_META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
@@ -90,10 +92,8 @@ def enable_tta(cfg, task: str) -> None:
     dataset = cfg.test_dataloader.dataset
     while "dataset" in dataset:
         dataset = dataset["dataset"]
-    if task == "detection" and cfg.model.get("roi_head", {}).get("mask_head"):
-        raise cli.UserError(
-            "--tta: mmdet merges the boxes of several views but not their masks; the model has a mask head"
-        )
+    if task == "detection":
+        import mmvssm.engine.instance_tta  # noqa: F401  registers the model below
     pipeline = cfg.get("tta_pipeline")
     if pipeline is None:
         pipeline = deepcopy(dataset.pipeline)

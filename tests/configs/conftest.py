@@ -36,3 +36,22 @@ def parsed(file: Path):
         keep_metafiles(patch)
         patch.delenv("MMVSSM_DATA", raising=False)
         return Config.fromfile(file)
+
+
+@pytest.fixture(scope="session")
+def every_data_set(tmp_path_factory) -> Path:
+    """A folder with ``data``, in which miniatures lie where the configs look for their data sets."""
+    pytest.importorskip("mmdet", reason="needs mmdet")
+    from tests.tools import miniature
+
+    return miniature.make_everything(tmp_path_factory.mktemp("everything"))
+
+
+@pytest.fixture
+def runner_of(every_data_set, tmp_path, monkeypatch):
+    """A function from a shrunk config to its runner and watch; the work folder is ``tmp_path``."""
+    from tests.configs.running import make_runner
+
+    monkeypatch.chdir(every_data_set)
+    monkeypatch.setattr("mmengine.runner.runner.collect_env", dict)  # asks compilers for their versions
+    return functools.partial(make_runner, work_dir=tmp_path)

@@ -1,6 +1,7 @@
 """Every config parses and builds, and its parts fit each other."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -51,9 +52,12 @@ def check_channels(model, scope: str) -> None:
 @pytest.mark.parametrize("file", OURS, ids=lambda file: file.stem)
 def test_builds(file):
     cfg = parsed(file)
-    plain = file.with_name(file.name.replace("_amp-", "_"))
-    if plain != file and plain.exists():  # the same model, and the other file is built
-        assert cfg.model == parsed(plain).model
+    plain = file.with_name(file.name.replace("amp-", ""))
+    if plain != file and plain.exists():  # the same but for the precision, and the other file is built
+        other = parsed(plain).to_dict()
+        assert other["optim_wrapper"].pop("type") == "OptimWrapper"
+        other["optim_wrapper"]["type"] = "AmpOptimWrapper"
+        assert cfg.to_dict() == other
     else:
         model = build(cfg, "meta")
         check_channels(model, cfg.default_scope)
@@ -93,6 +97,17 @@ def test_file_name_says_what_the_config_is(file):
         assert cfg.train_dataloader.batch_size == int(batch)
         assert cfg.auto_scale_lr.base_batch_size == int(gpus) * int(batch)
     assert file.stem in list_models(task=TASKS[cfg.default_scope])
+
+
+def test_every_config_is_documented():
+    """By a pattern in the table of recipes; and no pattern is empty."""
+    table = (ROOT / "docs" / "train.md").read_text().split("## Configs")[1].split("\n## ")[0]
+    patterns = re.findall(r"^\| `(\S+)` \|", table, re.MULTILINE)
+    files = config_files(*FAMILIES)
+    for pattern in patterns:
+        assert [file for file in files if file.match(f"{pattern}.py")], pattern
+    for file in files:
+        assert any(file.match(f"{pattern}.py") for pattern in patterns), file.name
 
 
 @pytest.mark.parametrize("name", ["mmdet_mask-rcnn", "mmseg_upernet", "mmpretrain_classifier"])

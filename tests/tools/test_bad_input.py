@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tests.helpers import ROOT
-from tests.tools import miniature
+from tests.tools import miniature, shrink
 from tests.tools.conftest import load_tool
 
 CONFIGS = ROOT / "configs" / "vmamba"
 CLASSIFIER = str(CONFIGS / "vmamba-tiny-s1l8_tinyimagenet20.py")
 IN1K = str(CONFIGS / "vmamba-tiny-s1l8_8xb128_in1k.py")
-TINY = ("--cfg-options", *miniature.CLASSIFIER)
+TINY = ("--cfg-options", *shrink.flags(CLASSIFIER))
 
 
 def folders(data_root, work_dir) -> list[str]:

@@ -1,0 +1,3 @@
+_base_ = "./cascade-mask-rcnn_mambavision-t_fpn_fit-ms-crop-3x_coco.py"
+
+optim_wrapper = dict(type="AmpOptimWrapper")

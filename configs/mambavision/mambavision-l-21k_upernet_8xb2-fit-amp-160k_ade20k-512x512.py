@@ -1,0 +1,4 @@
+_base_ = "./mambavision-l_upernet_8xb2-fit-amp-160k_ade20k-512x512.py"
+
+checkpoint_file = "https://huggingface.co/nvidia/MambaVision-L-21K/resolve/main/mambavision_large_21k.pth.tar"
+model = dict(backbone=dict(arch="l-21k", init_cfg=dict(checkpoint=checkpoint_file)))

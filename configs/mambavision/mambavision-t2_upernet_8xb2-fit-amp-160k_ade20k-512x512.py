@@ -1,0 +1,4 @@
+_base_ = "./mambavision-t_upernet_8xb2-fit-amp-160k_ade20k-512x512.py"
+
+checkpoint_file = "https://huggingface.co/nvidia/MambaVision-T2-1K/resolve/main/mambavision_tiny2_1k.pth.tar"
+model = dict(backbone=dict(arch="t2", init_cfg=dict(checkpoint=checkpoint_file)))

@@ -1,0 +1,3 @@
+_base_ = "./mask-rcnn_mambavision-l-21k_fpn_ms-crop-3x_coco.py"
+
+optim_wrapper = dict(type="AmpOptimWrapper")

@@ -1,0 +1,3 @@
+_base_ = "./cascade-mask-rcnn_vigh-tiny_fpn_ms-crop-3x_coco.py"
+
+optim_wrapper = dict(type="AmpOptimWrapper")

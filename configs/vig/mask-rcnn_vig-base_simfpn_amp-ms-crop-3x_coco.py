@@ -1,0 +1,3 @@
+_base_ = "./mask-rcnn_vig-base_simfpn_ms-crop-3x_coco.py"
+
+optim_wrapper = dict(type="AmpOptimWrapper")

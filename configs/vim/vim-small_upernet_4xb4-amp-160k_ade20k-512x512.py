@@ -1,0 +1,3 @@
+_base_ = "./vim-small_upernet_4xb4-160k_ade20k-512x512.py"
+
+optim_wrapper = dict(type="AmpOptimWrapper")

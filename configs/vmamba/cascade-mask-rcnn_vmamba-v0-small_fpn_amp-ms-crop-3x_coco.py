@@ -1,0 +1,3 @@
+_base_ = "./cascade-mask-rcnn_vmamba-v0-small_fpn_ms-crop-3x_coco.py"
+
+optim_wrapper = dict(type="AmpOptimWrapper")

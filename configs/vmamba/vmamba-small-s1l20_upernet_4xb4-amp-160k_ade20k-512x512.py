@@ -1,0 +1,3 @@
+_base_ = "./vmamba-small-s1l20_upernet_4xb4-160k_ade20k-512x512.py"
+
+optim_wrapper = dict(type="AmpOptimWrapper")
