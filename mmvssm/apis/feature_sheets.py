@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from mmvssm.apis.feature_store import FeatureFile
+from mmvssm.apis.feature_files import FeatureFile, Stage
 
 MIN_EDGE, MAX_EDGE = 224, 1024  # of a panel: smaller images are enlarged by a whole factor, larger ones reduced
 _MARGIN = 8
@@ -60,7 +60,7 @@ def draw_sheet(image: torch.Tensor, features: FeatureFile) -> Image.Image:
     return sheet
 
 
-def energy_map(features: FeatureFile, stage: int) -> tuple[torch.Tensor, str, float, float]:
+def energy_map(features: FeatureFile, stage: Stage) -> tuple[torch.Tensor, str, float, float]:
     """Root mean square over the channels of a stage, at input resolution and scaled to 0..1.
 
     Behind a layer norm without trained scale it is the same everywhere; then the mean over the cells is subtracted
@@ -81,7 +81,7 @@ def energy_map(features: FeatureFile, stage: int) -> tuple[torch.Tensor, str, fl
     return _to_input(scaled.clamp(0, 1), features, stage)[0], name, least, most
 
 
-def pca_map(features: FeatureFile, stage: int) -> tuple[torch.Tensor, float]:
+def pca_map(features: FeatureFile, stage: Stage) -> tuple[torch.Tensor, float]:
     """First three principal components of the cells of a stage, at input resolution, each scaled to 0..1.
 
     Returns:
@@ -108,10 +108,9 @@ def pca_map(features: FeatureFile, stage: int) -> tuple[torch.Tensor, float]:
     return _to_input(scaled.clamp(0, 1), features, stage), share
 
 
-def _to_input(maps: torch.Tensor, features: FeatureFile, stage: int) -> torch.Tensor:
+def _to_input(maps: torch.Tensor, features: FeatureFile, stage: Stage) -> torch.Tensor:
     """(K, h, w) over the padded input -> float32 (K, H, W) of the input without padding."""
-    stride = features.stride(stage)
-    size = tuple(n * stride for n in maps.shape[1:])  # networks round up: often a little more than the input
+    size = features.extent(stage)  # networks round up: often a little more than the input
     enlarged = torch.nn.functional.interpolate(maps[None].float(), size=size, mode="bilinear", align_corners=False)
     height, width = features.content_size
     short = (max(0, width - size[1]), max(0, height - size[0]))  # those that round down see less than the input
@@ -129,7 +128,7 @@ def _rgb(values: torch.Tensor) -> Image.Image:
     return Image.fromarray((values.permute(1, 2, 0).numpy() * 255 + 0.5).astype(np.uint8))
 
 
-def _stage_label(features: FeatureFile, stage: int) -> str:
+def _stage_label(features: FeatureFile, stage: Stage) -> str:
     entry = next(s for s in features.record["stages"] if s["stage"] == stage)
     channels, rows, columns = entry["shape"]
     return f"stage {stage}: {channels} x {rows} x {columns}, stride {entry['stride']}"

@@ -131,7 +131,7 @@ class TestInterruption:
 
         mmvssm.extract_features(config, photos, tmp_path / "out", **QUICK)
         before = contents(tmp_path / "out")
-        monkeypatch.setattr(features, "_forward", None)
+        monkeypatch.setattr(features, "forward_batch", None)
         summary = mmvssm.extract_features(config, photos, tmp_path / "out", **QUICK)
         assert (summary.written, summary.reused) == (0, 7)
         assert contents(tmp_path / "out") == before

@@ -8,19 +8,22 @@ import torch
 from PIL import Image
 
 import mmvssm
-from mmvssm.apis.feature_images import Preprocessing, find_images, original_size, preprocessing_of
-from mmvssm.apis.feature_store import MANIFEST, FeatureFile, content_cells
-from mmvssm.apis.features import _build_backbone, _read_config, read_features, read_manifest
+from mmvssm.apis.feature_files import FeatureFile, content_cells
+from mmvssm.apis.feature_images import Preprocessing, original_size, preprocessing_of
+from mmvssm.apis.feature_network import build_network, read_config
+from mmvssm.apis.feature_sources import find_images
+from mmvssm.apis.feature_store import MANIFEST
+from mmvssm.apis.features import read_features, read_manifest
 
 from .feature_inputs import MEAN, QUICK, STD, contents, save_noise
 
 
 class TestValues:
-    @pytest.mark.parametrize("format", ["npz", "safetensors"])
+    @pytest.mark.parametrize("format", ["npz", "safetensors", "hdf5"])
     def test_are_those_of_the_backbone(self, config, photos, tmp_path, format):
         summary = mmvssm.extract_features(config, photos, tmp_path / "out", format=format, **QUICK)
         assert (summary.written, summary.reused, summary.failures) == (7, 0, {})
-        backbone = _build_backbone(_read_config(config), "random", None, torch.device("cpu"))
+        backbone = build_network(read_config(config), "random", None, False, torch.device("cpu"))
         records = list(read_manifest(tmp_path / "out"))
         assert sorted(r["image"] for r in records) == sorted(e.name for e in find_images(photos))
         for record in records:
@@ -46,6 +49,7 @@ class TestValues:
             "network_size": [64, 64],
             "stages": [{"stage": 3, "stride": 32, "channels": 64, "shape": [64, 2, 2]}],
             "pool": None,
+            "map_size": None,
             "dtype": "float32",
             "preprocessing": {
                 "mean": MEAN,
@@ -53,6 +57,7 @@ class TestValues:
                 "channel_order": "rgb",
                 "interpolation": "bicubic",
                 "size": None,
+                "max_size": None,
                 "pad_divisor": 32,
             },
             "model": "micro",
@@ -64,7 +69,7 @@ class TestValues:
     def test_weights_come_from_the_checkpoint(self, config, photos, tmp_path):
         import hashlib
 
-        backbone = _build_backbone(_read_config(config), "random", None, torch.device("cpu"))
+        backbone = build_network(read_config(config), "random", None, False, torch.device("cpu"))
         state = {f"backbone.{k}": v + 0.01 if v.is_floating_point() else v for k, v in backbone.state_dict().items()}
         file = tmp_path / "weights.pth"
         torch.save({"state_dict": state}, file)
@@ -290,14 +295,14 @@ class TestFailures:
     def test_features_that_are_not_finite(self, config, photos, tmp_path, monkeypatch):
         from mmvssm.apis import features
 
-        def forward(items, *args):
-            size, maps = original(items, *args)
+        def forward(*args):
+            maps = original(*args)
             maps[1] = maps[1].clone()  # was made in inference mode
             maps[1][0, 0, 0, 0] = float("inf")
-            return size, maps
+            return maps
 
-        original = features._forward
-        monkeypatch.setattr(features, "_forward", forward)
+        original = features.forward_batch
+        monkeypatch.setattr(features, "forward_batch", forward)
         summary = mmvssm.extract_features(config, photos / "a.png", tmp_path / "out", **QUICK)
         assert summary.failures == {"a.png": "features of stage 3 are not finite in float32"}
         assert not list(read_manifest(tmp_path / "out"))
@@ -319,7 +324,7 @@ class TestFailures:
 
 
 BAD_ARGUMENTS = {
-    "format": (dict(format="hdf5"), "format must be one of 'npz', 'safetensors', got 'hdf5'"),
+    "format": (dict(format="pth"), "format must be one of 'npz', 'safetensors', 'hdf5', got 'pth'"),
     "dtype": (dict(dtype="int8"), "dtype must be one of 'fp32', 'fp16', 'bf16', got 'int8'"),
     "pool": (dict(pool="sum"), "pool must be one of None, 'avg', 'max', got 'sum'"),
     "bf16 as npz": (dict(dtype="bf16"), "use format='safetensors'"),
@@ -353,14 +358,15 @@ class TestRefused:
             mmvssm.extract_features("vmamba-tiny-s1l9", photos, tmp_path / "out", **QUICK)
 
     def test_reading_what_is_no_feature_file(self, tmp_path):
-        with pytest.raises(ValueError, match=r"path must end in \.npz or \.safetensors"):
+        with pytest.raises(ValueError, match=r"path must end in \.npz, \.safetensors, \.h5"):
             read_features(tmp_path / "a.pth")
         with pytest.raises(FileNotFoundError, match="no feature file"):
             read_features(tmp_path / "a.npz")
         np.savez(tmp_path / "a.npz", x=np.zeros(3))
         (tmp_path / "b.npz").write_bytes(b"PK")
         (tmp_path / "c.safetensors").write_bytes(b"abc")
-        for name in ("a.npz", "b.npz", "c.safetensors"):
+        (tmp_path / "d.h5").write_bytes(b"abc")
+        for name in ("a.npz", "b.npz", "c.safetensors", "d.h5"):
             with pytest.raises(ValueError, match="is no feature file, or damaged"):
                 read_features(tmp_path / name)
         with pytest.raises(FileNotFoundError, match=f"holds no features: {MANIFEST}"):
