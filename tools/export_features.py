@@ -104,17 +104,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     output.add_argument("--pool", choices=("avg", "max"), help="write a vector per stage instead of a map")
     output.add_argument("--map-size", type=int, nargs="+", metavar="N", help="resize maps to height and width in cells")
-    output.add_argument("--format", choices=("npz", "safetensors", "hdf5"), default="npz", help="(%(default)s)")
+    output.add_argument(
+        "--format", choices=("npz", "safetensors", "hdf5"), default="npz", help="of files (%(default)s)"
+    )
     output.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="precision (%(default)s)")
     output.add_argument("--visualize", action="store_true", help="also draw a sheet (PNG) for every image")
 
     running = parser.add_argument_group("running")
-    running.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (%(default)s)")
-    running.add_argument("--num-workers", type=int, default=2, metavar="N", help="that load images (%(default)s)")
+    running.add_argument("--batch-size", type=int, default=8, metavar="N", help="images run together (%(default)s)")
+    running.add_argument("--num-workers", type=int, default=2, metavar="N", help="loading processes (%(default)s)")
     running.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
     running.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="change the config")
     running.add_argument("--quiet", action="store_true", help="do not show the progress")
-    return parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if unknown := [word for word in rest if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.images += rest  # those behind an option, which argparse does not take, since there may be no images at all
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
