@@ -157,7 +157,7 @@ def _legend_lines(features: FeatureFile, font: ImageFont.FreeTypeFont, width: in
     )
     cut = []
     for text in lines:
-        text = text.encode("utf-8", "replace").decode()  # names of files may hold what is no text
+        text = "".join(c if c.isprintable() else "?" for c in text)  # names of files may hold what is no text
         while len(text) > 1 and _text_width(text, font) > width:
             text = text[:-2] + "…"
         cut.append(text)

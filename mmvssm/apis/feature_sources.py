@@ -125,9 +125,8 @@ def _list_infos(config: Config, split: str, part: dict, what: str) -> list[dict[
         dataset.full_init()
         return [dataset.get_data_info(i) for i in range(len(dataset))]
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{what[0].upper()}{what[1:]} is not complete: {' '.join(str(error).split())}"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(f"Something is missing for {what}: {reason}") from error
     except Exception as error:  # of many kinds: assertions, keys, whatever the library's parsing meets
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"dataset={split!r}: {what} cannot be built ({reason})") from error

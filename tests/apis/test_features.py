@@ -226,52 +226,6 @@ class TestPreprocessing:
             assert np.abs(loaded.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 2 * name.endswith("jpg")
 
 
-class TestInput:
-    def test_pattern_list_and_single(self, photos):
-        assert [e.name for e in find_images(str(photos / "**" / "a.png"))] == ["a.png", "more/a.png"]
-        listed = [photos / "more" / "b.png", photos / "a.png"]
-        assert [e.name for e in find_images(listed)] == ["more/b.png", "a.png"]
-        assert [e.name for e in find_images(photos / "more" / "b.png")] == ["b.png"]
-
-    def test_coco(self, config, photos, tmp_path):
-        file = tmp_path / "instances.json"
-        file.write_text(json.dumps({"images": [{"file_name": "more/c.png"}, {"file_name": "a.png"}]}))
-        summary = mmvssm.extract_features(config, file, tmp_path / "out", image_root=photos, **QUICK)
-        assert summary.written == 2
-        assert [r["image"] for r in read_manifest(tmp_path / "out")] == ["more/c.png", "a.png"]
-
-    @pytest.mark.parametrize(
-        ("text", "error", "sentence"),
-        [
-            ("[]", ValueError, "is no COCO file"),
-            ("{", ValueError, "is no COCO file"),
-            ('{"images": [{"file_name": "../a.png"}]}', ValueError, "inside image_root"),
-            ('{"images": []}', FileNotFoundError, "no images"),
-        ],
-    )
-    def test_bad_coco(self, tmp_path, text, error, sentence):
-        (tmp_path / "a.json").write_text(text)
-        with pytest.raises(error, match=sentence):
-            find_images(tmp_path / "a.json")
-
-    def test_nothing_there(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="no images in"):
-            find_images(tmp_path)
-        with pytest.raises(FileNotFoundError, match="no images in"):
-            find_images(tmp_path / "absent.jpg")
-        with pytest.raises(FileNotFoundError, match="no COCO file"):
-            find_images(tmp_path / "absent.json")
-        save_noise(tmp_path / "a.png", (4, 4))
-        with pytest.raises(ValueError, match=r"image_root=.* is for COCO files"):
-            find_images(tmp_path, image_root=tmp_path)
-
-    def test_output_inside_the_input(self, config, tmp_path):
-        save_noise(tmp_path / "a.png", (32, 32))
-        for reused in (0, 1):
-            summary = mmvssm.extract_features(config, tmp_path, tmp_path / "out", visualize=True, **QUICK)
-            assert (summary.written, summary.reused) == (1 - reused, reused)
-
-
 class TestFailures:
     def test_unreadable_images_are_passed_over(self, config, photos, tmp_path):
         folder = tmp_path / "in"
