@@ -78,7 +78,7 @@ class Preprocessing:
             OSError, SyntaxError, ValueError: What Pillow says of files that it cannot read.
         """
         with Image.open(path) as image:
-            image = _upright(image)
+            image = ImageOps.exif_transpose(image)  # as OpenCV does it, which is what the libraries load with
             original = (image.height, image.width)
             image = _to_rgb(image)
         height, width = self.content_size(*original)
@@ -154,11 +154,6 @@ def _flat(steps: Sequence) -> Iterator[Mapping]:
             yield from _flat(step)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its camera noted, as OpenCV does it, which is what the libraries load with."""
-    return ImageOps.exif_transpose(image) if image.format in ("JPEG", "MPO", "WEBP", "TIFF") else image
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to 8
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
@@ -168,7 +163,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def original_size(path: str) -> tuple[int, int]:
     """(height, width) of an upright image, from the beginning of its file."""
     with Image.open(path) as image:
-        turned = image.format in ("JPEG", "MPO", "WEBP", "TIFF") and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        # Not image.getexif(), which for PNG decodes the whole image, in search of an entry behind the pixels.
+        turned = Image.Image.getexif(image).get(0x0112, 1) in (5, 6, 7, 8)
         return (image.width, image.height) if turned else (image.height, image.width)
 
 

@@ -208,17 +208,26 @@ class TestPreprocessing:
             assert (loaded.permute(1, 2, 0).numpy() == expected).all()
 
     def test_same_pixels_as_opencv(self, tmp_path):
-        """What the libraries load: turned upright, 16 bits halved, transparency and grey made three channels."""
+        """What the libraries load: turned upright, 16 bits halved, any mode made three channels."""
         cv2 = pytest.importorskip("cv2", reason="needs OpenCV")
         y, x = np.mgrid[:24, :40]
         smooth = np.stack([6 * x, 10 * y, 3 * (x + y)], -1).astype(np.uint8)
-        exif = Image.Exif()
+        image, exif = Image.fromarray(smooth), Image.Exif()
         exif[0x0112] = 6
-        Image.fromarray(smooth).save(tmp_path / "turned.jpg", exif=exif, quality=95, subsampling=0)
-        Image.fromarray((smooth[..., 0].astype(np.uint16) << 8) + 77).save(tmp_path / "deep.png")
+        image.save(tmp_path / "turned.jpg", exif=exif, quality=95, subsampling=0)
+        image.save(tmp_path / "turned.png", exif=exif)
+        image.save(tmp_path / "turned.webp", exif=exif, lossless=True)
+        image.convert("CMYK").save(tmp_path / "print.jpg", quality=95)
+        image.convert("L").save(tmp_path / "grey.png")
+        image.convert("LA").save(tmp_path / "grey_alpha.png")
+        image.convert("1").save(tmp_path / "black_and_white.png")
+        image.quantize(32).save(tmp_path / "palette.png")
         Image.fromarray(np.dstack([smooth, smooth[..., :1]])).save(tmp_path / "alpha.png")
-        Image.fromarray(smooth[..., 0]).save(tmp_path / "grey.png")
-        for name in ("turned.jpg", "deep.png", "alpha.png", "grey.png"):
+        Image.fromarray((smooth[..., 0].astype(np.uint16) << 8) + 77).save(tmp_path / "deep.png")
+        Image.fromarray((smooth[..., 0].astype(np.uint16) << 8) + 77).save(tmp_path / "deep.tif")
+        cv2.imwrite(str(tmp_path / "deep_rgb.png"), (smooth.astype(np.uint16) << 8) + 77)
+        Image.fromarray(smooth[:1, :1]).save(tmp_path / "pixel.png")
+        for name in sorted(path.name for path in tmp_path.iterdir()):
             loaded, size = Preprocessing(None, None, "bgr").load(tmp_path / name)
             expected = cv2.imread(str(tmp_path / name), cv2.IMREAD_COLOR)
             assert size == original_size(str(tmp_path / name)) == expected.shape[:2]
