@@ -1,7 +1,9 @@
 """Which images the feature export works on: files, folders, patterns, COCO files, data sets of a config."""
 
+import contextlib
 import copy
 import glob
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -120,9 +122,10 @@ def _list_infos(config: Config, split: str, part: dict, what: str) -> list[dict[
     part = copy.deepcopy(part)
     _empty_pipelines(part)
     try:
-        with DefaultScope.overwrite_default_scope(scope):
+        # pycocotools prints what it does.
+        with DefaultScope.overwrite_default_scope(scope), contextlib.redirect_stdout(io.StringIO()):
             dataset = registry.build(part)
-        dataset.full_init()
+            dataset.full_init()
         return [dataset.get_data_info(i) for i in range(len(dataset))]
     except FileNotFoundError as error:
         reason = " ".join(str(error).split())

@@ -125,7 +125,7 @@ def extract_features(
         ImportError: The library of the config, or the package of the format, is not installed.
 
     Example:
-        >>> import mmvssm  # doctest: +SKIP
+        >>> import mmvssm
         >>> from mmvssm.apis.features import read_features, read_manifest
         >>> mmvssm.extract_features("vmamba-tiny-s1l8", "photos", "out", "vmamba.pth", (0, 1, 2, 3))
         >>> for record in read_manifest("out"):

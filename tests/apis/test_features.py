@@ -149,11 +149,18 @@ class TestGeometry:
             self.FILE.cell_boxes(2)
 
     @pytest.mark.parametrize(
-        ("size", "divisor", "content", "network"),
-        [(None, 1, (30, 45), (30, 45)), (60, 32, (60, 90), (64, 96)), ((20, 25), 1, (20, 25), (20, 25))],
+        ("size", "most", "divisor", "content", "network"),
+        [
+            (None, None, 1, (30, 45), (30, 45)),
+            (60, None, 32, (60, 90), (64, 96)),
+            ((20, 25), None, 1, (20, 25), (20, 25)),
+            (60, 75, 1, (50, 75), (50, 75)),
+            (None, 15, 4, (10, 15), (12, 16)),
+            (None, 45, 1, (30, 45), (30, 45)),
+        ],
     )
-    def test_size_policy(self, size, divisor, content, network, tmp_path):
-        preprocessing = Preprocessing((0.0,) * 3, (1.0,) * 3, "rgb", size=size, pad_divisor=divisor)
+    def test_size_policy(self, size, most, divisor, content, network, tmp_path):
+        preprocessing = Preprocessing((0.0,) * 3, (1.0,) * 3, "rgb", size=size, max_size=most, pad_divisor=divisor)
         save_noise(tmp_path / "a.png", (30, 45))
         pixels, original = preprocessing.load(tmp_path / "a.png")
         assert original == (30, 45)
@@ -297,6 +304,12 @@ BAD_ARGUMENTS = {
     "divisor": (dict(pad_divisor=0), "pad_divisor must be a positive integer or None, got 0"),
     "size": (dict(size=(1, 2, 3)), r"size must be None, a positive integer or a pair .* got \(1, 2, 3\)"),
     "no size": (dict(size=0), "size must be None, .* got 0"),
+    "long edge": (dict(max_size=0), "max_size must be a positive integer or None, got 0"),
+    "long edge of a fixed size": (dict(size=(8, 8), max_size=9), r"max_size=9 has no meaning beside size=\(8, 8\)"),
+    "size of maps": (dict(map_size="7"), "map_size must be None, a positive integer or a pair .* got '7'"),
+    "size of vectors": (dict(map_size=7, pool="max"), r"map_size=\(7, 7\) needs maps, but pool='max'"),
+    "split": (dict(dataset="valid"), "dataset must be one of None, 'train', 'val', 'test', got 'valid'"),
+    "images twice": (dict(dataset="val"), "dataset='val' brings its images along: give images=None"),
     "stages": (dict(out_indices=(0, 4)), r"out_indices=\(0, 4\) must hold stages in -4\.\.3"),
     "no device": (dict(device="gpu"), "device must be such as 'cpu' or 'cuda:0', got 'gpu'"),
     "absent device": (dict(device="cuda:99"), r"device='cuda:99': torch finds \d+ CUDA GPUs here"),
@@ -311,6 +324,29 @@ class TestRefused:
         with pytest.raises(ValueError, match=sentence):
             mmvssm.extract_features(config, photos, tmp_path / "out", **{**QUICK, **change})
         assert not (tmp_path / "out").exists()
+
+    def test_no_images(self, config, tmp_path):
+        with pytest.raises(ValueError, match="images must be given, or dataset='train', 'val' or 'test'"):
+            mmvssm.extract_features(config, None, tmp_path / "out", **QUICK)
+        with pytest.raises(ValueError, match=r"image_root='a' is for COCO files \(\.json\) only"):
+            mmvssm.extract_features(config, None, tmp_path / "out", dataset="val", image_root="a", **QUICK)
+
+    def test_model_that_is_none(self, photos, tmp_path):
+        with pytest.raises(TypeError, match="model must be a name, a config file or a Config, got int"):
+            mmvssm.extract_features(3, photos, tmp_path / "out", **QUICK)
+        (tmp_path / "broken.py").write_text("model = dict(")
+        with pytest.raises(ValueError, match=r"The config .*broken\.py cannot be read \(SyntaxError"):
+            mmvssm.extract_features(tmp_path / "broken.py", photos, tmp_path / "out", **QUICK)
+        (tmp_path / "empty.py").write_text("default_scope = 'mmdet'")
+        with pytest.raises(ValueError, match=r"empty\.py has no model\.backbone"):
+            mmvssm.extract_features(tmp_path / "empty.py", photos, tmp_path / "out", **QUICK)
+
+    def test_format_without_its_package(self, config, photos, tmp_path, monkeypatch):
+        import sys
+
+        monkeypatch.setitem(sys.modules, "h5py", None)
+        with pytest.raises(ImportError, match="format='hdf5' needs the package h5py: pip install h5py"):
+            mmvssm.extract_features(config, photos, tmp_path / "out", format="hdf5", **QUICK)
 
     def test_missing_files(self, config, photos, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"no checkpoint .*absent\.pth"):
