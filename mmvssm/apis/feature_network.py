@@ -156,7 +156,7 @@ def build_network(
                 part.out_indices = tuple(stages)
             backbone = _build_backbone(config, part)
             zoo._finish(backbone, None if checkpoint == RANDOM else checkpoint, device)
-            return FeatureNetwork(backbone).requires_grad_(False)
+            return FeatureNetwork(backbone).eval().requires_grad_(False)
         backbone = _build_backbone(config, part)
         stages = _stages_beside_neck(config, backbone, stages)
         network = FeatureNetwork(backbone, _build_neck(config))
