@@ -370,3 +370,37 @@ class TestRefused:
                 read_features(tmp_path / name)
         with pytest.raises(FileNotFoundError, match=f"holds no features: {MANIFEST}"):
             read_manifest(tmp_path)
+
+
+class TestProgress:
+    def test_lines(self, capsys, monkeypatch):
+        """Finished before are counted, but not in the speed and the remaining time."""
+        from mmvssm.apis import feature_progress
+
+        clock = iter([0.0, 40.0, 40.0, 40.0, 50.0, 80.0, 80.0])
+        monkeypatch.setattr(feature_progress.time, "perf_counter", lambda: next(clock))
+        with feature_progress.Progress("images", 4000, 100, show=True) as bar:
+            bar.advance(10)  # told after 30 seconds
+            bar.advance(10)  # not yet again
+        first, last = capsys.readouterr().err.splitlines()
+        assert first == "110/4000 images, 0.2 images/s, 4:19:20 left"
+        assert last.startswith("120/4000 images, 0.2 images/s, ")
+
+    def test_bar(self, capsys, monkeypatch):
+        from mmvssm.apis.feature_progress import Progress
+
+        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+        with Progress("images", 3, 1, show=True) as bar:
+            bar.advance(2)
+        shown = capsys.readouterr().err
+        assert "3/3" in shown
+        assert "images/s" in shown
+        assert "left" in shown
+
+    def test_silence(self, capsys):
+        from mmvssm.apis.feature_progress import Progress
+
+        with Progress("images", 3, 1, show=False) as bar:
+            bar.advance(2)
+        assert not capsys.readouterr().err
