@@ -32,8 +32,10 @@ def one_thread():
 # A process that imports once and forks an export for every line that it is given, slow enough to be hit.
 EXPORTS = """
 import os, sys, time
-import mmvssm
-from mmvssm.apis import feature_store, features
+import torch
+from mmvssm.apis import feature_network, feature_store, features
+config = feature_network.read_config(sys.argv[1])
+feature_network.build_network(config, "random", None, False, torch.device("cpu"))  # imports what takes time
 write = feature_store.FeatureStore.write
 def slow(self, *args):
     time.sleep(0.1)
