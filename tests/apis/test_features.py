@@ -262,6 +262,15 @@ class TestFailures:
         again = mmvssm.extract_features(config, folder, tmp_path / "out", **QUICK)
         assert (again.written, again.reused, sorted(again.failures)) == (1, 1, ["empty.jpg", "text.png"])
 
+    @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+    def test_image_of_more_pixels_than_pillow_allows(self, config, tmp_path, monkeypatch):
+        save_noise(tmp_path / "large.png", (30, 30))
+        save_noise(tmp_path / "small.png", (10, 10))
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+        summary = mmvssm.extract_features(config, tmp_path, tmp_path / "out", **QUICK)
+        assert (summary.written, list(summary.failures)) == (1, ["large.png"])
+        assert "more than 800 pixels" in summary.failures["large.png"]
+
     def test_features_that_are_not_finite(self, config, photos, tmp_path, monkeypatch):
         from mmvssm.apis import features
 
