@@ -1,11 +1,7 @@
-"""Input of the feature export: which images, how they are prepared, and in which batches they run."""
+"""Images of the feature export: how they are prepared, loaded, and in which batches they run."""
 
-import glob
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,20 +9,14 @@ import torch
 from mmengine.config import Config
 from PIL import Image, ImageOps
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+from mmvssm.apis.feature_sources import ImageEntry
+
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-
-
-class ImageEntry(NamedTuple):
-    """An image of the input: its file, and its name relative to the input's root, with slashes."""
-
-    path: str
-    name: str
 
 
 class LoadedImage(NamedTuple):
@@ -36,81 +26,6 @@ class LoadedImage(NamedTuple):
     original_size: tuple[int, int]
     pixels: torch.Tensor | None
     error: str | None = None
-
-
-def find_images(
-    source: str | os.PathLike | Sequence[str | os.PathLike],
-    image_root: str | os.PathLike | None = None,
-    exclude: str | os.PathLike | None = None,
-) -> list[ImageEntry]:
-    """The images that an input stands for.
-
-    Args:
-        source: An image, a folder (searched with its subfolders), a pattern such as 'a/**/*.jpg', a COCO annotation
-            file (.json), or a list of images.
-        image_root: Folder that the names in a COCO file are relative to; the file's own folder by default.
-        exclude: Folder whose files are passed over (that of the output, which may lie in that of the input).
-
-    Returns:
-        In the order of the COCO file or list, else sorted; without repetitions.
-
-    Raises:
-        FileNotFoundError: Nothing is there.
-        ValueError: The COCO file or a name in it is not usable, or `image_root` is given for another input.
-    """
-    if not isinstance(source, (str, os.PathLike)):
-        paths = [Path(os.fspath(p)) for p in source]
-        entries = _relative_to_common(paths)
-    else:
-        path = Path(os.fspath(source)).expanduser()
-        if path.suffix.lower() == ".json" and not path.is_dir():
-            return _find_in_coco(path, image_root)
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-            entries = [ImageEntry(str(p), p.relative_to(path).as_posix()) for p in found]
-        elif path.is_file():
-            entries = [ImageEntry(str(path), path.name)]
-        else:
-            found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-            entries = _relative_to_common([p for p in found if p.suffix.lower() in EXTENSIONS and p.is_file()])
-    if image_root is not None:
-        raise ValueError(f"image_root={os.fspath(image_root)!r} is for COCO files (.json) only")
-    if exclude is not None:
-        inside = Path(exclude).resolve()
-        others = [e for e in entries if inside not in Path(e.path).resolve().parents]
-        entries = others or entries  # nothing else: the folder of the images was given for the output, which is refused
-    if not entries:
-        raise FileNotFoundError(f"There are no images in {source!s} (an image, a folder, a pattern or a COCO .json).")
-    return list(dict.fromkeys(entries))
-
-
-def _relative_to_common(paths: list[Path]) -> list[ImageEntry]:
-    if not paths:
-        return []
-    absolute = [os.path.abspath(p) for p in paths]
-    root = os.path.commonpath([os.path.dirname(p) for p in absolute])
-    return [ImageEntry(str(p), Path(os.path.relpath(a, root)).as_posix()) for p, a in zip(paths, absolute, strict=True)]
-
-
-def _find_in_coco(path: Path, image_root: str | os.PathLike | None) -> list[ImageEntry]:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no COCO file {path}.")
-    try:
-        names = [image["file_name"] for image in json.loads(path.read_text(encoding="utf-8"))["images"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no COCO file: it must be JSON with images, each with a file_name.") from error
-    root = Path(image_root) if image_root is not None else path.parent
-    if not root.is_dir():
-        raise FileNotFoundError(f"image_root={str(root)!r} is no folder.")
-    entries = []
-    for name in names:
-        clean = os.path.normpath(str(name))
-        if os.path.isabs(clean) or clean.startswith(os.pardir):
-            raise ValueError(f"{path} names {name!r}; names of images must lie inside image_root, {root}.")
-        entries.append(ImageEntry(str(root / clean), Path(clean).as_posix()))
-    if not entries:
-        raise FileNotFoundError(f"There are no images in {path}.")
-    return list(dict.fromkeys(entries))
 
 
 @dataclass(frozen=True)
@@ -124,6 +39,7 @@ class Preprocessing:
         interpolation: Of the resizing, if there is any.
         size: None keeps the original size, a number is the new length of the short edge, a pair the new height and
             width.
+        max_size: Longest long edge; an image that would exceed it is made smaller, in its proportions. None for none.
         pad_divisor: Height and width are padded with zeros (of normalised pixels), at the right and below, to multiples
             of it.
     """
@@ -133,6 +49,7 @@ class Preprocessing:
     channel_order: str
     interpolation: str = "bilinear"
     size: int | tuple[int, int] | None = None
+    max_size: int | None = None
     pad_divisor: int = 1
 
     def as_dict(self) -> dict[str, Any]:
@@ -140,12 +57,12 @@ class Preprocessing:
 
     def content_size(self, height: int, width: int) -> tuple[int, int]:
         """Size to which an image of this size is brought, before padding."""
-        if self.size is None:
-            return height, width
         if isinstance(self.size, tuple):
             return self.size
-        short = min(height, width)
-        return tuple(max(1, int(n * self.size / short + 0.5)) for n in (height, width))
+        scale = 1.0 if self.size is None else self.size / min(height, width)
+        if self.max_size is not None:
+            scale = min(scale, self.max_size / max(height, width))
+        return tuple(max(1, int(n * scale + 0.5)) for n in (height, width))
 
     def network_size(self, height: int, width: int) -> tuple[int, int]:
         """Size in which an image of this size enters the network."""
@@ -161,7 +78,7 @@ class Preprocessing:
             OSError, SyntaxError, ValueError: What Pillow says of files that it cannot read.
         """
         with Image.open(path) as image:
-            image = _upright(image)
+            image = ImageOps.exif_transpose(image)  # as OpenCV does it, which is what the libraries load with
             original = (image.height, image.width)
             image = _to_rgb(image)
         height, width = self.content_size(*original)
@@ -181,7 +98,10 @@ class Preprocessing:
 
 
 def preprocessing_of(
-    config: Config, size: int | tuple[int, int] | None = None, pad_divisor: int | None = None
+    config: Config,
+    size: int | tuple[int, int] | None = None,
+    max_size: int | None = None,
+    pad_divisor: int | None = None,
 ) -> Preprocessing:
     """The preprocessing of a config: from its data preprocessor, else from a Normalize step of its test pipeline.
 
@@ -212,6 +132,7 @@ def preprocessing_of(
         channel_order="rgb" if any(flags) else "bgr",
         interpolation=interpolation if interpolation in _RESAMPLING else "bilinear",
         size=size,
+        max_size=max_size,
         pad_divisor=int(pad_divisor if pad_divisor is not None else part.get("pad_size_divisor") or 1),
     )
 
@@ -233,11 +154,6 @@ def _flat(steps: Sequence) -> Iterator[Mapping]:
             yield from _flat(step)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its camera noted, as OpenCV does it, which is what the libraries load with."""
-    return ImageOps.exif_transpose(image) if image.format in ("JPEG", "MPO", "WEBP", "TIFF") else image
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to 8
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
@@ -247,22 +163,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def original_size(path: str) -> tuple[int, int]:
     """(height, width) of an upright image, from the beginning of its file."""
     with Image.open(path) as image:
-        turned = image.format in ("JPEG", "MPO", "WEBP", "TIFF") and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        # Not image.getexif(), which for PNG decodes the whole image, in search of an entry behind the pixels.
+        turned = Image.Image.getexif(image).get(0x0112, 1) in (5, 6, 7, 8)
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
 class ImageLoading(torch.utils.data.Dataset):
-    """Loads images by number; one that cannot be read becomes a reason instead of an exception."""
+    """Loads images; one that cannot be read becomes a reason instead of an exception.
 
-    def __init__(self, entries: Sequence[ImageEntry], preprocessing: Preprocessing):
-        self.entries = entries
+    Its keys are the entries themselves, which the batches hand over. Workers that held the list of all images would
+    copy it page by page, since reading a Python object writes its reference count.
+    """
+
+    def __init__(self, preprocessing: Preprocessing):
         self.preprocessing = preprocessing
 
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> LoadedImage:
-        entry = self.entries[index]
+    def __getitem__(self, entry: ImageEntry) -> LoadedImage:
         try:
             pixels, original = self.preprocessing.load(entry.path)
         except Exception as error:  # decoders raise almost anything for damaged files
@@ -273,11 +189,15 @@ class ImageLoading(torch.utils.data.Dataset):
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
+    if isinstance(error, Image.DecompressionBombError):
+        return (
+            f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; raise PIL.Image.MAX_IMAGE_PIXELS if it is right"
+        )
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 class PlannedBatches:
-    """Numbers of images in batches of equal network size, in an order that depends on nothing but the images.
+    """Images in batches of equal network size, in an order that depends on nothing but the images.
 
     Rounding differs between batches of different composition, so an interrupted run must meet the batches that it would
     have met. Therefore all images are planned, the finished ones too, and a batch is left out only as a whole. The
@@ -300,21 +220,20 @@ class PlannedBatches:
         self.entries = entries
         self.preprocessing = preprocessing
         self.batch_size = batch_size
-        self.done = dict(done)
+        self.done = done
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[ImageEntry]]:
         window = max(256, 16 * self.batch_size)
         for start in range(0, len(self.entries), window):
-            groups: dict[tuple[int, int] | None, list[int]] = {}
-            for index in range(start, min(start + window, len(self.entries))):
-                groups.setdefault(self._size(index), []).append(index)
+            groups: dict[tuple[int, int] | None, list[ImageEntry]] = {}
+            for entry in self.entries[start : start + window]:
+                groups.setdefault(self._size(entry), []).append(entry)
             for group in groups.values():
                 for batch in _batched(group, self.batch_size):
-                    if any(self.entries[i].name not in self.done for i in batch):
+                    if any(entry.name not in self.done for entry in batch):
                         yield batch
 
-    def _size(self, index: int) -> tuple[int, int] | None:
-        entry = self.entries[index]
+    def _size(self, entry: ImageEntry) -> tuple[int, int] | None:
         known = self.done.get(entry.name)
         try:
             return self.preprocessing.network_size(*(known or original_size(entry.path)))
@@ -322,6 +241,6 @@ class PlannedBatches:
             return None
 
 
-def _batched(items: list[int], size: int) -> Iterator[list[int]]:
+def _batched(items: list[ImageEntry], size: int) -> Iterator[list[ImageEntry]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]

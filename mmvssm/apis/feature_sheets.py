@@ -4,16 +4,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from mmvssm.apis.feature_store import FeatureFile
+from mmvssm.apis.feature_files import FeatureFile, Stage
 
 MIN_EDGE, MAX_EDGE = 224, 1024  # of a panel: smaller images are enlarged by a whole factor, larger ones reduced
-_MARGIN = 8
+COLUMNS = 5  # of panels: more would be too wide to be read on a screen
 _MAX_CELLS = 16384  # that the principal components are computed from
 _BACKGROUND, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
 
 
 def draw_sheet(image: torch.Tensor, features: FeatureFile) -> Image.Image:
-    """Draw the input beside two rows of maps: activation energy and principal components of every stage.
+    """Draw the input beside two maps of every stage, its activation energy above its principal components.
 
     The energy of a cell is the root mean square over its channels (around the mean of the cells, where a layer norm has
     made it the same everywhere; the label says so); black is the least of the stage in this image, yellow the most, and
@@ -26,41 +26,52 @@ def draw_sheet(image: torch.Tensor, features: FeatureFile) -> Image.Image:
         features: Its maps.
 
     Returns:
-        The sheet. Panels have the size of the input, enlarged by a whole factor until the long edge has at least 224
-        pixels, or reduced until it has at most 1024.
+        The sheet, with five panels side by side and further ones below. Panels have the size of the input, enlarged by
+        a whole factor until the long edge has at least 224 pixels, or reduced until it has at most 1024.
     """
     height, width = image.shape[1:]
     long_edge = max(height, width)
     factor = -(-MIN_EDGE // long_edge) if long_edge < MIN_EDGE else min(1.0, MAX_EDGE / long_edge)
     panel = (max(1, round(width * factor)), max(1, round(height * factor)))
     how = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
-    font = _font(13)
-    texts = [_stage_label(features, stage) for stage in features.stages]
-    longest = _text_width("energy around the mean: 0.123 to 0.123", font)
-    column = max(panel[0], *(_text_width(text, font) for text in texts), longest) + _MARGIN
-    label_height = 2 * 17 + 2
-    row = label_height + panel[1] + _MARGIN
-    sheet = Image.new("RGB", (_MARGIN + column * (1 + len(texts)), _MARGIN + 2 * row), _BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
 
-    def place(i: int, j: int, picture: Image.Image, first: str, second: str) -> None:
-        x, y = _MARGIN + j * column, _MARGIN + i * row
-        draw.text((x, y), first, _INK, font)
-        draw.text((x, y + 17), second, _FAINT, font)
-        sheet.paste(picture.resize(panel, how), (x, y + label_height))
-
-    rgb = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    place(0, 0, rgb, "input", f"{width} x {height} of {features.original_size[1]} x {features.original_size[0]}")
-    _write_legend(draw, features, (_MARGIN, _MARGIN + row), font, column - _MARGIN)
-    for j, stage in enumerate(features.stages, start=1):
+    panels: list[tuple[str, str, Image.Image | None]] = []
+    for stage in features.stages:
         energy, name, least, most = energy_map(features, stage)
         components, share = pca_map(features, stage)
-        place(0, j, _coloured(energy), texts[j - 1], f"{name}: {least:.3g} to {most:.3g}")
-        place(1, j, _rgb(components), texts[j - 1], f"PCA-RGB, {share:.0%} of the variance")
+        label = _stage_label(features, stage)
+        panels.append((label, f"{name}: {least:.3g} to {most:.3g}", _coloured(energy)))
+        panels.append((label, f"PCA-RGB, {share:.0%} of the variance", _rgb(components)))
+    original = " x ".join(map(str, features.original_size))
+    subtitle = f"{height} x {width} (height x width), original {original}"
+    panels = [("input", subtitle, _rgb(image / 255)), ("", "", None), *panels]
+
+    font = _font(min(28, max(13, max(panel) // 28)))
+    line, margin = round(1.35 * font.size), round(0.6 * font.size)
+    column = margin + max(
+        panel[0], *(_text_width(text, font) for first, second, _ in panels for text in (first, second))
+    )
+    row = margin + 2 * line + panel[1]
+    count = len(panels) // 2
+    columns, bands = min(COLUMNS, count), -(-count // COLUMNS)
+    legend = _legend_lines(features, font, column - margin)
+    below = max(row, (len(legend) + 2) * line + margin)  # the legend may be higher than a flat panel
+    band = row + below
+    sheet = Image.new("RGB", (margin + columns * column, margin + bands * band), _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for i, (first, second, picture) in enumerate(panels):
+        x = margin + i // 2 % COLUMNS * column
+        y = margin + i // 2 // COLUMNS * band + i % 2 * row
+        if picture is None:
+            _write_legend(sheet, draw, legend, (x, y), font, line)
+            continue
+        draw.text((x, y), first, _INK, font)
+        draw.text((x, y + line), second, _FAINT, font)
+        sheet.paste(picture.resize(panel, how), (x, y + 2 * line))
     return sheet
 
 
-def energy_map(features: FeatureFile, stage: int) -> tuple[torch.Tensor, str, float, float]:
+def energy_map(features: FeatureFile, stage: Stage) -> tuple[torch.Tensor, str, float, float]:
     """Root mean square over the channels of a stage, at input resolution and scaled to 0..1.
 
     Behind a layer norm without trained scale it is the same everywhere; then the mean over the cells is subtracted
@@ -81,7 +92,7 @@ def energy_map(features: FeatureFile, stage: int) -> tuple[torch.Tensor, str, fl
     return _to_input(scaled.clamp(0, 1), features, stage)[0], name, least, most
 
 
-def pca_map(features: FeatureFile, stage: int) -> tuple[torch.Tensor, float]:
+def pca_map(features: FeatureFile, stage: Stage) -> tuple[torch.Tensor, float]:
     """First three principal components of the cells of a stage, at input resolution, each scaled to 0..1.
 
     Returns:
@@ -108,10 +119,9 @@ def pca_map(features: FeatureFile, stage: int) -> tuple[torch.Tensor, float]:
     return _to_input(scaled.clamp(0, 1), features, stage), share
 
 
-def _to_input(maps: torch.Tensor, features: FeatureFile, stage: int) -> torch.Tensor:
+def _to_input(maps: torch.Tensor, features: FeatureFile, stage: Stage) -> torch.Tensor:
     """(K, h, w) over the padded input -> float32 (K, H, W) of the input without padding."""
-    stride = features.stride(stage)
-    size = tuple(n * stride for n in maps.shape[1:])  # networks round up: often a little more than the input
+    size = features.extent(stage)  # networks round up: often a little more than the input
     enlarged = torch.nn.functional.interpolate(maps[None].float(), size=size, mode="bilinear", align_corners=False)
     height, width = features.content_size
     short = (max(0, width - size[1]), max(0, height - size[0]))  # those that round down see less than the input
@@ -129,23 +139,51 @@ def _rgb(values: torch.Tensor) -> Image.Image:
     return Image.fromarray((values.permute(1, 2, 0).numpy() * 255 + 0.5).astype(np.uint8))
 
 
-def _stage_label(features: FeatureFile, stage: int) -> str:
+def _stage_label(features: FeatureFile, stage: Stage) -> str:
     entry = next(s for s in features.record["stages"] if s["stage"] == stage)
     channels, rows, columns = entry["shape"]
-    return f"stage {stage}: {channels} x {rows} x {columns}, stride {entry['stride']}"
+    name = f"stage {stage}" if isinstance(stage, int) else stage.replace("neck", "neck level ")
+    resized = " (resized)" if "resized_from" in entry else ""
+    return f"{name}: {channels} channels, {rows} x {columns} cells{resized}, stride {entry['stride']}"
 
 
-def _write_legend(
-    draw: ImageDraw.ImageDraw, features: FeatureFile, corner: tuple[int, int], font: ImageFont.FreeTypeFont, width: int
-) -> None:
+def _legend_lines(features: FeatureFile, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """What the features are of, each line cut to the width."""
     record = features.record
     sha256 = record["checkpoint_sha256"]
     lines = [record["image"], record["model"], f"weights {sha256[:12]}" if sha256 else "random weights"]
-    lines += [record["dtype"], f"padded to {features.network_size[1]} x {features.network_size[0]}"]
-    for i, line in enumerate(lines):
-        while len(line) > 1 and _text_width(line, font) > width:
-            line = line[:-2] + "…"
-        draw.text((corner[0], corner[1] + 17 * i), line, _FAINT, font)
+    lines.append(
+        record["dtype"] + (f", padded to {' x '.join(map(str, features.network_size))}" * any(features.padding))
+    )
+    cut = []
+    for text in lines:
+        text = "".join(c if c.isprintable() else "?" for c in text)  # names of files may hold what is no text
+        while len(text) > 1 and _text_width(text, font) > width:
+            text = text[:-2] + "…"
+        cut.append(text)
+    return cut
+
+
+def _write_legend(
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    lines: list[str],
+    corner: tuple[int, int],
+    font: ImageFont.FreeTypeFont,
+    line: int,
+) -> None:
+    """The lines, and the colours of the energy from its least to its greatest value."""
+    x, y = corner
+    for text in lines:
+        draw.text((x, y), text, _FAINT, font)
+        y += line
+    least, most = "energy: least ", " most"
+    width = 6 * font.size
+    draw.text((x, y + line // 2), least, _FAINT, font)
+    x += _text_width(least, font)
+    bar = _coloured(torch.linspace(0, 1, width).expand(font.size, width))
+    sheet.paste(bar, (x, y + line // 2 + line // 8))
+    draw.text((x + width, y + line // 2), most, _FAINT, font)
 
 
 def _text_width(text: str, font: ImageFont.FreeTypeFont) -> int:

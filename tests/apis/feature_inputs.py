@@ -18,12 +18,32 @@ model = dict(
 test_pipeline = [dict(type='LoadImageFromFile'),
                  dict(type='ResizeEdge', scale=64, edge='short', interpolation='bicubic')]
 """
+PREPROCESSOR = f"data_preprocessor=dict(type='DetDataPreprocessor', mean={MEAN}, std={STD}, bgr_to_rgb=True)"
+FPN = f"""
+default_scope = 'mmdet'
+model = dict(
+    type='MaskRCNN',
+    {PREPROCESSOR},
+    backbone=dict(type='mmvssm.VMamba', arch={ARCH}, out_indices=(1, 2, 3)),
+    neck=dict(type='FPN', in_channels=[16, 32, 64], out_channels=4, num_outs=4),
+    rpn_head=dict(type='RPNHead'),
+)
+"""
+PLAIN = f"""
+default_scope = 'mmdet'
+model = dict(
+    type='MaskRCNN',
+    {PREPROCESSOR},
+    backbone=dict(type='mmvssm.ViG', arch=dict(embed_dims=16, depth=2, head_dims=8), img_size=64, out_indices=(1,)),
+    neck=dict(type='mmvssm.SimpleFeaturePyramid', in_channels=[16], out_channels=4, num_outs=5),
+)
+"""
 QUICK = dict(checkpoint="random", num_workers=0, device="cpu", progress=False)
 
 
-def save_noise(path, size, seed=0):
+def save_noise(path, size, seed=0, **options):
     pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(pixels).save(path, **options)
     return pixels
 
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 import mmvssm
+from mmvssm.apis.feature_files import FeatureFile
 from mmvssm.apis.feature_sheets import draw_sheet, energy_map, pca_map
-from mmvssm.apis.feature_store import FeatureFile
 
 from .feature_inputs import QUICK
 

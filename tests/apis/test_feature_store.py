@@ -29,51 +29,77 @@ def one_thread():
         torch.set_num_threads(before)
 
 
-# An export that is slow enough to be hit.
-SLOW = """
+# A process that imports once and forks an export for every line that it is given, slow enough to be hit.
+EXPORTS = """
 import os, sys, time
-import mmvssm
-from mmvssm.apis import feature_store, features
+import torch
+from mmvssm.apis import feature_network, feature_store, features
+config = feature_network.read_config(sys.argv[1])
+feature_network.build_network(config, "random", None, False, torch.device("cpu"))  # imports what takes time
 write = feature_store.FeatureStore.write
 def slow(self, *args):
     time.sleep(0.1)
     write(self, *args)
     print("wrote", flush=True)
 feature_store.FeatureStore.write = slow
-features.extract_features(*sys.argv[1:4], "random", batch_size=3, num_workers=1, device="cpu", progress=False)
+for _ in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        features.extract_features(*sys.argv[1:4], "random", batch_size=3, num_workers=1, device="cpu", progress=False)
+        os._exit(0)
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("ended", flush=True)
 """
 
 
-def start_export(config, photos, out):
-    return subprocess.Popen(
-        [sys.executable, "-c", SLOW, config, photos, out],
+@contextlib.contextmanager
+def exports(config, photos, out):
+    process = subprocess.Popen(
+        [sys.executable, "-c", EXPORTS, config, photos, out],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
 
 
+def start_export(process):
+    """Id of the process of an export that has just written its first image."""
+    process.stdin.write("\n")
+    process.stdin.flush()
+    child = int(process.stdout.readline())
+    assert process.stdout.readline() == "wrote\n"
+    return child
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a POSIX system")
 class TestInterruption:
     def test_killed_and_continued(self, config, photos, tmp_path):
-        """While it runs no other run is let in; then it is killed. Continued, it ends up byte-identical."""
+        """Killed three times; meanwhile no other run is let in. Continued, it ends up byte-identical."""
         quick = {**QUICK, "num_workers": 1, "batch_size": 3}
         with one_thread():
             mmvssm.extract_features(config, photos, tmp_path / "whole", **quick)
         out = tmp_path / "killed"
-        process = start_export(config, photos, out)
-        try:
-            assert process.stdout.readline() == "wrote\n"
-            process.send_signal(signal.SIGSTOP)
-            with pytest.raises(ValueError, match=r"Another run is writing into .*killed; wait for it"):
-                mmvssm.extract_features(config, photos, out, **quick)
-            process.send_signal(signal.SIGCONT)
-            assert process.stdout.readline() == "wrote\n"
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()
+        with exports(config, photos, out) as process:
+            for kill in range(3):
+                child = start_export(process)
+                if kill == 0:
+                    os.kill(child, signal.SIGSTOP)
+                    with pytest.raises(ValueError, match=r"Another run is writing into .*killed; wait for it"):
+                        mmvssm.extract_features(config, photos, out, **quick)
+                os.kill(child, signal.SIGKILL)
+                while process.stdout.readline() != "ended\n":
+                    pass
         finished = len(list(read_manifest(out)))
-        assert 2 <= finished < 7
+        assert 3 <= finished < 7
         with one_thread():
             summary = mmvssm.extract_features(config, photos, out, **quick)
         assert (summary.reused, summary.written) == (finished, 7 - finished)
@@ -82,7 +108,8 @@ class TestInterruption:
     @pytest.mark.parametrize("step", range(12))
     def test_dying_at_any_step(self, config, photos, tmp_path, monkeypatch, step):
         """The process dies before its n-th rename or line of the manifest, or half way through that line."""
-        mmvssm.extract_features(config, photos, tmp_path / "whole", batch_size=3, **QUICK)
+        quick = {**QUICK, "batch_size": 3, "format": "hdf5"}
+        mmvssm.extract_features(config, photos, tmp_path / "whole", **quick)
         out = tmp_path / "cut"
         count = iter(range(10**6))
 
@@ -119,11 +146,11 @@ class TestInterruption:
             patch.setattr(FeatureStore, "_open", open_and_wrap)
             patch.setattr("mmvssm.apis.feature_store.os.replace", replace)
             with pytest.raises(Died):
-                mmvssm.extract_features(config, photos, out, batch_size=3, **QUICK)
+                mmvssm.extract_features(config, photos, out, **quick)
         if step > 1:
-            for path in out.rglob("*.npz"):
+            for path in out.rglob("*.h5"):
                 read_features(path)  # whole, whatever happened
-        mmvssm.extract_features(config, photos, out, batch_size=3, **QUICK)
+        mmvssm.extract_features(config, photos, out, **quick)
         assert contents(out) == contents(tmp_path / "whole")
 
     def test_nothing_is_computed_again(self, config, photos, tmp_path, monkeypatch):
@@ -131,7 +158,7 @@ class TestInterruption:
 
         mmvssm.extract_features(config, photos, tmp_path / "out", **QUICK)
         before = contents(tmp_path / "out")
-        monkeypatch.setattr(features, "_forward", None)
+        monkeypatch.setattr(features, "forward_batch", None)
         summary = mmvssm.extract_features(config, photos, tmp_path / "out", **QUICK)
         assert (summary.written, summary.reused) == (0, 7)
         assert contents(tmp_path / "out") == before

@@ -8,19 +8,22 @@ import torch
 from PIL import Image
 
 import mmvssm
-from mmvssm.apis.feature_images import Preprocessing, find_images, original_size, preprocessing_of
-from mmvssm.apis.feature_store import MANIFEST, FeatureFile, content_cells
-from mmvssm.apis.features import _build_backbone, _read_config, read_features, read_manifest
+from mmvssm.apis.feature_files import FeatureFile, content_cells
+from mmvssm.apis.feature_images import Preprocessing, original_size, preprocessing_of
+from mmvssm.apis.feature_network import build_network, read_config
+from mmvssm.apis.feature_sources import find_images
+from mmvssm.apis.feature_store import MANIFEST
+from mmvssm.apis.features import read_features, read_manifest
 
 from .feature_inputs import MEAN, QUICK, STD, contents, save_noise
 
 
 class TestValues:
-    @pytest.mark.parametrize("format", ["npz", "safetensors"])
+    @pytest.mark.parametrize("format", ["npz", "safetensors", "hdf5"])
     def test_are_those_of_the_backbone(self, config, photos, tmp_path, format):
         summary = mmvssm.extract_features(config, photos, tmp_path / "out", format=format, **QUICK)
         assert (summary.written, summary.reused, summary.failures) == (7, 0, {})
-        backbone = _build_backbone(_read_config(config), "random", None, torch.device("cpu"))
+        backbone = build_network(read_config(config), "random", None, False, torch.device("cpu"))
         records = list(read_manifest(tmp_path / "out"))
         assert sorted(r["image"] for r in records) == sorted(e.name for e in find_images(photos))
         for record in records:
@@ -46,6 +49,7 @@ class TestValues:
             "network_size": [64, 64],
             "stages": [{"stage": 3, "stride": 32, "channels": 64, "shape": [64, 2, 2]}],
             "pool": None,
+            "map_size": None,
             "dtype": "float32",
             "preprocessing": {
                 "mean": MEAN,
@@ -53,6 +57,7 @@ class TestValues:
                 "channel_order": "rgb",
                 "interpolation": "bicubic",
                 "size": None,
+                "max_size": None,
                 "pad_divisor": 32,
             },
             "model": "micro",
@@ -64,7 +69,7 @@ class TestValues:
     def test_weights_come_from_the_checkpoint(self, config, photos, tmp_path):
         import hashlib
 
-        backbone = _build_backbone(_read_config(config), "random", None, torch.device("cpu"))
+        backbone = build_network(read_config(config), "random", None, False, torch.device("cpu"))
         state = {f"backbone.{k}": v + 0.01 if v.is_floating_point() else v for k, v in backbone.state_dict().items()}
         file = tmp_path / "weights.pth"
         torch.save({"state_dict": state}, file)
@@ -144,11 +149,18 @@ class TestGeometry:
             self.FILE.cell_boxes(2)
 
     @pytest.mark.parametrize(
-        ("size", "divisor", "content", "network"),
-        [(None, 1, (30, 45), (30, 45)), (60, 32, (60, 90), (64, 96)), ((20, 25), 1, (20, 25), (20, 25))],
+        ("size", "most", "divisor", "content", "network"),
+        [
+            (None, None, 1, (30, 45), (30, 45)),
+            (60, None, 32, (60, 90), (64, 96)),
+            ((20, 25), None, 1, (20, 25), (20, 25)),
+            (60, 75, 1, (50, 75), (50, 75)),
+            (None, 15, 4, (10, 15), (12, 16)),
+            (None, 45, 1, (30, 45), (30, 45)),
+        ],
     )
-    def test_size_policy(self, size, divisor, content, network, tmp_path):
-        preprocessing = Preprocessing((0.0,) * 3, (1.0,) * 3, "rgb", size=size, pad_divisor=divisor)
+    def test_size_policy(self, size, most, divisor, content, network, tmp_path):
+        preprocessing = Preprocessing((0.0,) * 3, (1.0,) * 3, "rgb", size=size, max_size=most, pad_divisor=divisor)
         save_noise(tmp_path / "a.png", (30, 45))
         pixels, original = preprocessing.load(tmp_path / "a.png")
         assert original == (30, 45)
@@ -203,68 +215,31 @@ class TestPreprocessing:
             assert (loaded.permute(1, 2, 0).numpy() == expected).all()
 
     def test_same_pixels_as_opencv(self, tmp_path):
-        """What the libraries load: turned upright, 16 bits halved, transparency and grey made three channels."""
+        """What the libraries load: turned upright, 16 bits halved, any mode made three channels."""
         cv2 = pytest.importorskip("cv2", reason="needs OpenCV")
         y, x = np.mgrid[:24, :40]
         smooth = np.stack([6 * x, 10 * y, 3 * (x + y)], -1).astype(np.uint8)
-        exif = Image.Exif()
+        image, exif = Image.fromarray(smooth), Image.Exif()
         exif[0x0112] = 6
-        Image.fromarray(smooth).save(tmp_path / "turned.jpg", exif=exif, quality=95, subsampling=0)
-        Image.fromarray((smooth[..., 0].astype(np.uint16) << 8) + 77).save(tmp_path / "deep.png")
+        image.save(tmp_path / "turned.jpg", exif=exif, quality=95, subsampling=0)
+        image.save(tmp_path / "turned.png", exif=exif)
+        image.save(tmp_path / "turned.webp", exif=exif, lossless=True)
+        image.convert("CMYK").save(tmp_path / "print.jpg", quality=95)
+        image.convert("L").save(tmp_path / "grey.png")
+        image.convert("LA").save(tmp_path / "grey_alpha.png")
+        image.convert("1").save(tmp_path / "black_and_white.png")
+        image.quantize(32).save(tmp_path / "palette.png")
         Image.fromarray(np.dstack([smooth, smooth[..., :1]])).save(tmp_path / "alpha.png")
-        Image.fromarray(smooth[..., 0]).save(tmp_path / "grey.png")
-        for name in ("turned.jpg", "deep.png", "alpha.png", "grey.png"):
+        Image.fromarray((smooth[..., 0].astype(np.uint16) << 8) + 77).save(tmp_path / "deep.png")
+        Image.fromarray((smooth[..., 0].astype(np.uint16) << 8) + 77).save(tmp_path / "deep.tif")
+        cv2.imwrite(str(tmp_path / "deep_rgb.png"), (smooth.astype(np.uint16) << 8) + 77)
+        Image.fromarray(smooth[:1, :1]).save(tmp_path / "pixel.png")
+        for name in sorted(path.name for path in tmp_path.iterdir()):
             loaded, size = Preprocessing(None, None, "bgr").load(tmp_path / name)
             expected = cv2.imread(str(tmp_path / name), cv2.IMREAD_COLOR)
             assert size == original_size(str(tmp_path / name)) == expected.shape[:2]
             # Decoders of JPEG may round differently.
             assert np.abs(loaded.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 2 * name.endswith("jpg")
-
-
-class TestInput:
-    def test_pattern_list_and_single(self, photos):
-        assert [e.name for e in find_images(str(photos / "**" / "a.png"))] == ["a.png", "more/a.png"]
-        listed = [photos / "more" / "b.png", photos / "a.png"]
-        assert [e.name for e in find_images(listed)] == ["more/b.png", "a.png"]
-        assert [e.name for e in find_images(photos / "more" / "b.png")] == ["b.png"]
-
-    def test_coco(self, config, photos, tmp_path):
-        file = tmp_path / "instances.json"
-        file.write_text(json.dumps({"images": [{"file_name": "more/c.png"}, {"file_name": "a.png"}]}))
-        summary = mmvssm.extract_features(config, file, tmp_path / "out", image_root=photos, **QUICK)
-        assert summary.written == 2
-        assert [r["image"] for r in read_manifest(tmp_path / "out")] == ["more/c.png", "a.png"]
-
-    @pytest.mark.parametrize(
-        ("text", "error", "sentence"),
-        [
-            ("[]", ValueError, "is no COCO file"),
-            ("{", ValueError, "is no COCO file"),
-            ('{"images": [{"file_name": "../a.png"}]}', ValueError, "inside image_root"),
-            ('{"images": []}', FileNotFoundError, "no images"),
-        ],
-    )
-    def test_bad_coco(self, tmp_path, text, error, sentence):
-        (tmp_path / "a.json").write_text(text)
-        with pytest.raises(error, match=sentence):
-            find_images(tmp_path / "a.json")
-
-    def test_nothing_there(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="no images in"):
-            find_images(tmp_path)
-        with pytest.raises(FileNotFoundError, match="no images in"):
-            find_images(tmp_path / "absent.jpg")
-        with pytest.raises(FileNotFoundError, match="no COCO file"):
-            find_images(tmp_path / "absent.json")
-        save_noise(tmp_path / "a.png", (4, 4))
-        with pytest.raises(ValueError, match=r"image_root=.* is for COCO files"):
-            find_images(tmp_path, image_root=tmp_path)
-
-    def test_output_inside_the_input(self, config, tmp_path):
-        save_noise(tmp_path / "a.png", (32, 32))
-        for reused in (0, 1):
-            summary = mmvssm.extract_features(config, tmp_path, tmp_path / "out", visualize=True, **QUICK)
-            assert (summary.written, summary.reused) == (1 - reused, reused)
 
 
 class TestFailures:
@@ -287,17 +262,26 @@ class TestFailures:
         again = mmvssm.extract_features(config, folder, tmp_path / "out", **QUICK)
         assert (again.written, again.reused, sorted(again.failures)) == (1, 1, ["empty.jpg", "text.png"])
 
+    @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+    def test_image_of_more_pixels_than_pillow_allows(self, config, tmp_path, monkeypatch):
+        save_noise(tmp_path / "large.png", (30, 30))
+        save_noise(tmp_path / "small.png", (10, 10))
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+        summary = mmvssm.extract_features(config, tmp_path, tmp_path / "out", **QUICK)
+        assert (summary.written, list(summary.failures)) == (1, ["large.png"])
+        assert "more than 800 pixels" in summary.failures["large.png"]
+
     def test_features_that_are_not_finite(self, config, photos, tmp_path, monkeypatch):
         from mmvssm.apis import features
 
-        def forward(items, *args):
-            size, maps = original(items, *args)
+        def forward(*args):
+            maps = original(*args)
             maps[1] = maps[1].clone()  # was made in inference mode
             maps[1][0, 0, 0, 0] = float("inf")
-            return size, maps
+            return maps
 
-        original = features._forward
-        monkeypatch.setattr(features, "_forward", forward)
+        original = features.forward_batch
+        monkeypatch.setattr(features, "forward_batch", forward)
         summary = mmvssm.extract_features(config, photos / "a.png", tmp_path / "out", **QUICK)
         assert summary.failures == {"a.png": "features of stage 3 are not finite in float32"}
         assert not list(read_manifest(tmp_path / "out"))
@@ -319,7 +303,7 @@ class TestFailures:
 
 
 BAD_ARGUMENTS = {
-    "format": (dict(format="hdf5"), "format must be one of 'npz', 'safetensors', got 'hdf5'"),
+    "format": (dict(format="pth"), "format must be one of 'npz', 'safetensors', 'hdf5', got 'pth'"),
     "dtype": (dict(dtype="int8"), "dtype must be one of 'fp32', 'fp16', 'bf16', got 'int8'"),
     "pool": (dict(pool="sum"), "pool must be one of None, 'avg', 'max', got 'sum'"),
     "bf16 as npz": (dict(dtype="bf16"), "use format='safetensors'"),
@@ -329,6 +313,12 @@ BAD_ARGUMENTS = {
     "divisor": (dict(pad_divisor=0), "pad_divisor must be a positive integer or None, got 0"),
     "size": (dict(size=(1, 2, 3)), r"size must be None, a positive integer or a pair .* got \(1, 2, 3\)"),
     "no size": (dict(size=0), "size must be None, .* got 0"),
+    "long edge": (dict(max_size=0), "max_size must be a positive integer or None, got 0"),
+    "long edge of a fixed size": (dict(size=(8, 8), max_size=9), r"max_size=9 has no meaning beside size=\(8, 8\)"),
+    "size of maps": (dict(map_size="7"), "map_size must be None, a positive integer or a pair .* got '7'"),
+    "size of vectors": (dict(map_size=7, pool="max"), r"map_size=\(7, 7\) needs maps, but pool='max'"),
+    "split": (dict(dataset="valid"), "dataset must be one of None, 'train', 'val', 'test', got 'valid'"),
+    "images twice": (dict(dataset="val"), "dataset='val' brings its images along: give images=None"),
     "stages": (dict(out_indices=(0, 4)), r"out_indices=\(0, 4\) must hold stages in -4\.\.3"),
     "no device": (dict(device="gpu"), "device must be such as 'cpu' or 'cuda:0', got 'gpu'"),
     "absent device": (dict(device="cuda:99"), r"device='cuda:99': torch finds \d+ CUDA GPUs here"),
@@ -344,6 +334,29 @@ class TestRefused:
             mmvssm.extract_features(config, photos, tmp_path / "out", **{**QUICK, **change})
         assert not (tmp_path / "out").exists()
 
+    def test_no_images(self, config, tmp_path):
+        with pytest.raises(ValueError, match="images must be given, or dataset='train', 'val' or 'test'"):
+            mmvssm.extract_features(config, None, tmp_path / "out", **QUICK)
+        with pytest.raises(ValueError, match=r"image_root='a' is for COCO files \(\.json\) only"):
+            mmvssm.extract_features(config, None, tmp_path / "out", dataset="val", image_root="a", **QUICK)
+
+    def test_model_that_is_none(self, photos, tmp_path):
+        with pytest.raises(TypeError, match="model must be a name, a config file or a Config, got int"):
+            mmvssm.extract_features(3, photos, tmp_path / "out", **QUICK)
+        (tmp_path / "broken.py").write_text("model = dict(")
+        with pytest.raises(ValueError, match=r"The config .*broken\.py cannot be read \(SyntaxError"):
+            mmvssm.extract_features(tmp_path / "broken.py", photos, tmp_path / "out", **QUICK)
+        (tmp_path / "empty.py").write_text("default_scope = 'mmdet'")
+        with pytest.raises(ValueError, match=r"empty\.py has no model\.backbone"):
+            mmvssm.extract_features(tmp_path / "empty.py", photos, tmp_path / "out", **QUICK)
+
+    def test_format_without_its_package(self, config, photos, tmp_path, monkeypatch):
+        import sys
+
+        monkeypatch.setitem(sys.modules, "h5py", None)
+        with pytest.raises(ImportError, match="format='hdf5' needs the package h5py: pip install h5py"):
+            mmvssm.extract_features(config, photos, tmp_path / "out", format="hdf5", **QUICK)
+
     def test_missing_files(self, config, photos, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"no checkpoint .*absent\.pth"):
             mmvssm.extract_features(config, photos, tmp_path / "out", **{**QUICK, "checkpoint": "absent.pth"})
@@ -353,15 +366,50 @@ class TestRefused:
             mmvssm.extract_features("vmamba-tiny-s1l9", photos, tmp_path / "out", **QUICK)
 
     def test_reading_what_is_no_feature_file(self, tmp_path):
-        with pytest.raises(ValueError, match=r"path must end in \.npz or \.safetensors"):
+        with pytest.raises(ValueError, match=r"path must end in \.npz, \.safetensors, \.h5"):
             read_features(tmp_path / "a.pth")
         with pytest.raises(FileNotFoundError, match="no feature file"):
             read_features(tmp_path / "a.npz")
         np.savez(tmp_path / "a.npz", x=np.zeros(3))
         (tmp_path / "b.npz").write_bytes(b"PK")
         (tmp_path / "c.safetensors").write_bytes(b"abc")
-        for name in ("a.npz", "b.npz", "c.safetensors"):
+        (tmp_path / "d.h5").write_bytes(b"abc")
+        for name in ("a.npz", "b.npz", "c.safetensors", "d.h5"):
             with pytest.raises(ValueError, match="is no feature file, or damaged"):
                 read_features(tmp_path / name)
         with pytest.raises(FileNotFoundError, match=f"holds no features: {MANIFEST}"):
             read_manifest(tmp_path)
+
+
+class TestProgress:
+    def test_lines(self, capsys, monkeypatch):
+        """Finished before are counted, but not in the speed and the remaining time."""
+        from mmvssm.apis import feature_progress
+
+        clock = iter([0.0, 40.0, 40.0, 40.0, 50.0, 80.0, 80.0])
+        monkeypatch.setattr(feature_progress.time, "perf_counter", lambda: next(clock))
+        with feature_progress.Progress("images", 4000, 100, show=True) as bar:
+            bar.advance(10)  # told after 30 seconds
+            bar.advance(10)  # not yet again
+        first, last = capsys.readouterr().err.splitlines()
+        assert first == "110/4000 images, 0.2 images/s, 4:19:20 left"
+        assert last.startswith("120/4000 images, 0.2 images/s, ")
+
+    def test_bar(self, capsys, monkeypatch):
+        from mmvssm.apis.feature_progress import Progress
+
+        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+        with Progress("images", 3, 1, show=True) as bar:
+            bar.advance(2)
+        shown = capsys.readouterr().err
+        assert "3/3" in shown
+        assert "images/s" in shown
+        assert "left" in shown
+
+    def test_silence(self, capsys):
+        from mmvssm.apis.feature_progress import Progress
+
+        with Progress("images", 3, 1, show=False) as bar:
+            bar.advance(2)
+        assert not capsys.readouterr().err
