@@ -82,7 +82,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "images", metavar="IMAGES", nargs="*", help="image(s), a folder, a quoted pattern, or a COCO annotation file"
     )
     parser.add_argument("--out", metavar="FOLDER", required=True, help="folder to write or to continue")
-    parser.add_argument("--checkpoint", required=True, help="path or URL of the weights, or 'random' for a trial")
+    parser.add_argument("--checkpoint", required=True, help="path or URL of the weights, 'official' or 'random'")
 
     source = parser.add_argument_group("images")
     source.add_argument("--dataset", choices=("train", "val", "test"), help="those of the config's data set instead")

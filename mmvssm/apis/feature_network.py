@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -238,21 +237,23 @@ def forward_batch(network: FeatureNetwork, x: torch.Tensor, dtype: torch.dtype) 
 
 def hash_checkpoint(checkpoint: str | os.PathLike) -> str | None:
     """SHA-256 of the file, which is downloaded if it is a URL; None for random weights."""
-    from mmvssm.checkpoints.reader import download
+    from mmvssm.checkpoints.download import download, sha256_of_file
 
     path = os.fspath(checkpoint)
     if path == RANDOM:
         return None
     if path.startswith(("http://", "https://")):
-        path = download(path)
+        path = download(path, check_name=True)
     path = path.removeprefix("file://")
     if not Path(path).expanduser().is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}.")
-    with Path(path).expanduser().open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_of_file(path)
+
+
+def name_of(model: str | os.PathLike | Config, config: Config) -> str:
+    """Name in the zoo that `model` gives, or the stem of its config's file."""
+    is_name = isinstance(model, str) and not model.endswith(".py")
+    return model if is_name else Path(config.filename or "config").stem
 
 
 def describe_network(config: Config, neck: bool) -> dict[str, Any]:

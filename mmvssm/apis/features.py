@@ -20,11 +20,13 @@ from mmvssm.apis.feature_network import (
     describe_network,
     forward_batch,
     hash_checkpoint,
+    name_of,
     read_config,
 )
 from mmvssm.apis.feature_progress import Progress
 from mmvssm.apis.feature_sources import SPLITS, ImageEntry, find_images, find_images_of_dataset
 from mmvssm.apis.feature_store import FAILURES, FeatureStore, read_manifest
+from mmvssm.apis.zoo import resolve_checkpoint
 from mmvssm.version import __version__
 
 __all__ = ["ExportSummary", "FeatureFile", "extract_features", "read_features", "read_manifest"]
@@ -89,8 +91,9 @@ def extract_features(
         images: An image, a folder (with its subfolders), a pattern ('a/**/*.jpg'), a COCO annotation file (.json) or a
             list of images; None with `dataset`.
         out: Folder to write, new or of an earlier call with the same settings.
-        checkpoint: Path or URL of weights, ours or the authors', of the backbone or a model around it; or 'random' for
-            random weights (always the same), to try things out.
+        checkpoint: Path or URL of weights, ours or the authors', of the backbone or a model around it; 'official' for
+            the file that the authors published for a model of the zoo; or 'random' for random weights (always the
+            same), to try things out.
         out_indices: Stages to write; None for those of the config, which is the last one alone in a classifier. An
             empty sequence writes levels of the neck alone.
         neck: True also writes all levels of the config's neck, such as the FPN of a detector or the pyramid of a plain
@@ -145,7 +148,10 @@ def extract_features(
     else:
         entries = find_images_of_dataset(config, dataset)
     if checkpoint is None:
-        raise ValueError("checkpoint must be a path or URL of weights, or 'random' to try things out with random ones.")
+        raise ValueError(
+            "checkpoint must be a path or URL of weights, 'official' for the authors' or 'random' to try things out."
+        )
+    checkpoint = resolve_checkpoint(name_of(model, config), checkpoint)
     device = _to_device(device)
     sha256 = hash_checkpoint(checkpoint)
     network = build_network(config, checkpoint, out_indices, neck, device)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import mmvssm
+from mmvssm.apis import features
 from mmvssm.apis.feature_files import FeatureFile, content_cells
 from mmvssm.apis.feature_images import Preprocessing, original_size, preprocessing_of
 from mmvssm.apis.feature_network import build_network, read_config
@@ -79,6 +80,15 @@ class TestValues:
         ours, other = (read_features(tmp_path / f / "features/a.png.npz") for f in ("ours", "random"))
         assert ours.record["checkpoint_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
         assert not torch.allclose(ours.tensors[3], other.tensors[3], atol=1e-2)
+
+    @pytest.mark.parametrize("form", ["name", "file"])
+    def test_official_weights_are_those_of_the_zoo(self, photos, tmp_path, monkeypatch, form):
+        asked = []
+        monkeypatch.setattr(features, "hash_checkpoint", lambda checkpoint: asked.append(checkpoint) or 1 / 0)
+        model = "vig-tiny" if form == "name" else mmvssm.model_info("vig-tiny").config
+        with pytest.raises(ZeroDivisionError):
+            mmvssm.extract_features(model, photos, tmp_path / "out", **{**QUICK, "checkpoint": "official"})
+        assert asked == [mmvssm.model_info("vig-tiny").weights]
 
     def test_a_short_name_of_the_zoo(self, config, photos, tmp_path, monkeypatch):
         from mmvssm.apis import zoo
@@ -322,7 +332,8 @@ BAD_ARGUMENTS = {
     "stages": (dict(out_indices=(0, 4)), r"out_indices=\(0, 4\) must hold stages in -4\.\.3"),
     "no device": (dict(device="gpu"), "device must be such as 'cpu' or 'cuda:0', got 'gpu'"),
     "absent device": (dict(device="cuda:99"), r"device='cuda:99': torch finds \d+ CUDA GPUs here"),
-    "no checkpoint": (dict(checkpoint=None), "checkpoint must be a path or URL of weights, or 'random'"),
+    "no checkpoint": (dict(checkpoint=None), "checkpoint must be a path or URL of weights, 'official' for"),
+    "official of no model of the zoo": (dict(checkpoint="official"), "There is no model named 'micro'"),
 }
 
 
