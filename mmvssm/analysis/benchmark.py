@@ -50,10 +50,12 @@ class Size(NamedTuple):
             numbers = [int(side) for side in sides.split("x")]
             height, width = numbers * 2 if len(numbers) == 1 else numbers
             batch = int(count) if count else batch or max(1, BATCH * BATCH_PIXELS // (height * width))
-        except ValueError:
+        except (ValueError, ZeroDivisionError):
             height = width = batch = 0
         if min(height, width, batch) < 1:
-            raise ValueError(f"sizes are given as 224, 800x1216 (height x width) or with a batch, 224:128, got {text!r}")
+            raise ValueError(
+                f"sizes are given as 224, 800x1216 (height x width) or with a batch, 224:128, got {text!r}"
+            )
         return cls(height, width, batch)
 
 
@@ -284,6 +286,8 @@ class _Workshop:
         return self._model
 
     def _forget(self) -> None:
+        if self._model is None:
+            return
         self._name = self._model = None
         gc.collect()
         if torch.cuda.is_initialized():

@@ -73,10 +73,8 @@ def build_classifier(name: str, size: Sequence[int], device: str | torch.device 
         ValueError, ImportError: As :func:`parse_contender`, or a variant has nothing to act upon.
     """
     contender, size = parse_contender(name), tuple(size)
-    if contender.from_timm:
-        model = _build_timm(contender.base, size)
-    else:
-        model = zoo.get_model(contender.base, img_size=size)
+    build = _build_timm if contender.from_timm else _build_zoo
+    model = build(contender.base, size)
     if "plain" in contender.variants:
         layers = [module for module in model.modules() if hasattr(module, "fused_attn")]
         if not layers:
@@ -143,6 +141,10 @@ def _import_timm(name: str):
     except ModuleNotFoundError as error:
         raise ImportError(f"{name} needs timm, which is not installed ({error}): pip install timm") from error
     return timm
+
+
+def _build_zoo(name: str, size: tuple[int, int]) -> nn.Module:
+    return zoo.get_model(name, img_size=size)
 
 
 def _build_timm(name: str, size: tuple[int, int]) -> nn.Module:

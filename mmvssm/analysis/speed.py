@@ -21,8 +21,8 @@ class Speed:
     Attributes:
         milliseconds: Median time of a step.
         images_per_second: Batch size over that time.
-        memory: Peak of allocated GPU memory of a step in MiB, weights and gradients included, without what compiling and
-            the search for algorithms take; 0 on a CPU.
+        memory: Peak of allocated GPU memory of a step in MiB, weights and gradients included, without what compilation
+            and the search for algorithms take; 0 on a CPU.
         p90: Time in milliseconds that 90 % of the steps stay below.
         p99: Likewise 99 %.
         kernel_milliseconds: Sum of the times of all kernels, copies and fills on the GPU in one step, by torch's
@@ -101,7 +101,7 @@ def measure_speed(
     finally:
         model.zero_grad(set_to_none=True)
         if "compile" in execution:
-            torch._dynamo.reset()  # it would keep the model alive and count it against the limit of recompilations
+            torch.compiler.reset()  # it would keep the model alive and count it against the limit of recompilations
     median, p90, p99 = (1e3 * times.quantile(q).item() for q in (0.5, 0.9, 0.99))
     return Speed(median, 1e3 * len(images) / median, memory, p90, p99, kernels, len(times))
 

@@ -3,8 +3,8 @@
     python tools/visualization/activations.py vmamba-tiny-s1l8 photo.jpg --checkpoint trained.pth --out sheet.png \\
         --query 300 200 --query-out query.png
 
-The sheet is that of tools/export_features.py. The second picture shows, for the pixel `--query X Y` of the image and the
-last block of each stage, how much every cell weighs in the four scans at that pixel, and the sum of the four.
+The sheet is that of tools/export_features.py. The second picture shows, for the pixel `--query X Y` of the image and
+the last block of each stage, how much every cell weighs in the four scans at that pixel, and the sum of the four.
 """
 
 import argparse

@@ -3,9 +3,10 @@
     python tools/visualization/effective_receptive_field.py vmamba-tiny-s1l8=trained.pth timm:resnet50 vim-tiny \\
         --images photos --size 1024 --out erf.png --json erf.json
 
-A model is a short name of the zoo or `timm:` and a name of timm (where that is installed), with `=` and a checkpoint for
-the row of trained weights. Every panel shows, on a logarithmic scale, how much each pixel contributes to the centre of
-the last feature map (see mmvssm/analysis/receptive_field.py), and the smallest centred squares that hold 50 % and 99 % of it.
+A model is a short name of the zoo or `timm:` and a name of timm (where that is installed), with `=` and a checkpoint
+for the row of trained weights. Every panel shows, on a logarithmic scale, how much each pixel contributes to the centre
+of the last feature map (see mmvssm/analysis/receptive_field.py), and the smallest centred squares that hold 50 % and
+99 % of it.
 """
 
 import argparse

@@ -8,6 +8,7 @@ its neighbours on the path.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,14 +44,14 @@ def draw_order(axis, order, height: int, width: int) -> None:
         left = 0 if order.window_width is None else sequence[0] % width  # a window begins with a cell, not padding
         points = places(sequence, width, (left, left + (order.window_width or width)))
         right, lower = max(right, *(int(x) + 1 for x, _ in points)), max(lower, *(int(y) + 1 for _, y in points))
-        steps = list(zip(points, points[1:], strict=False))
+        steps = list(itertools.pairwise(points))
         colours = [colormaps["viridis"](0.95 * i / max(1, len(steps) - 1)) for i in range(len(steps))]
         axis.add_collection(LineCollection(steps, colors=colours, linewidths=2.2, zorder=2))
         padding = [p for p, token in zip(points, [t for t in sequence if t != -2], strict=True) if token == -1]
         if padding:
             axis.plot(*zip(*padding, strict=True), "x", color="0.55", markersize=5, zorder=3)
         axis.plot(*points[0], "o", markerfacecolor="white", markeredgecolor=colours[0] if colours else "k", zorder=4)
-        axis.plot(*points[-1], "s", markerfacecolor="white", markeredgecolor="#e69f00", zorder=4)
+        axis.plot(*points[-1], "s", color="#e69f00", zorder=4)
         for index, token in enumerate(sequence):
             if token == -2:
                 axis.plot(*_between(points, sequence, index), "*", color="#d55e00", markersize=11, zorder=5)
