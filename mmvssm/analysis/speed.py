@@ -1,5 +1,6 @@
 """Time, images per second and memory of a model's step: eager, compiled, or replayed from a CUDA graph."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -83,6 +84,22 @@ def measure_speed(
     cuda = images.device.type == "cuda"
     if "graph" in execution and not cuda:
         raise ValueError(f"CUDA graphs need a GPU, but the images are on {images.device}")
+    with torch.cuda.device(images.device) if cuda else contextlib.nullcontext():
+        return _measure(model, images, mode, dtype, execution, repeats, warmup, seconds, kernel_time)
+
+
+def _measure(
+    model: nn.Module,
+    images: torch.Tensor,
+    mode: str,
+    dtype: str,
+    execution: str,
+    repeats: int,
+    warmup: int,
+    seconds: float | None,
+    kernel_time: bool,
+) -> Speed:
+    cuda = images.device.type == "cuda"
     model.train(mode == "training")
     called = torch.compile(model, dynamic=False) if "compile" in execution else model
     step = _step(model, called, images, mode, dtype)
@@ -93,10 +110,10 @@ def measure_speed(
             step, memory = _captured(step, warmup, limit)
         _times(step, warmup, limit, cuda)
         if cuda:
-            torch.cuda.reset_peak_memory_stats(images.device)
+            torch.cuda.reset_peak_memory_stats()
         times = torch.tensor(_times(step, repeats, limit, cuda), dtype=torch.float64)
         if cuda:
-            memory = max(memory, torch.cuda.max_memory_allocated(images.device) / 2**20)
+            memory = max(memory, torch.cuda.max_memory_allocated() / 2**20)
         kernels = _kernel_milliseconds(step) if cuda and kernel_time else None
     finally:
         model.zero_grad(set_to_none=True)
@@ -161,11 +178,14 @@ def _timed(step: Callable[[], None], cuda: bool) -> float:
 
 
 def _kernel_milliseconds(step: Callable[[], None]) -> float | None:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for _ in range(_PROFILED_STEPS):
-            step()
-        torch.cuda.synchronize()
-    return _sum_of_kernels(profiler.events(), _PROFILED_STEPS)
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            for _ in range(_PROFILED_STEPS):
+                step()
+            torch.cuda.synchronize()
+        return _sum_of_kernels(profiler.events(), _PROFILED_STEPS)
+    except RuntimeError:  # the steps ran before: where the profiler is not allowed, their times are still worth having
+        return None
 
 
 def _sum_of_kernels(events: Iterable, steps: int) -> float | None:

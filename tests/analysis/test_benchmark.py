@@ -69,6 +69,7 @@ def test_rows(built, tmp_path):
     sizes = [Size(16, 16, 2), Size(8, 24, 4)]
     cells = cells_of(["a", "failing"], sizes, ("inference", "training"), ("fp32",))
     assert [(cell.size, cell.model) for cell in cells[::2]] == [(s, m) for s in sizes for m in ("a", "failing")]
+    assert cells_of(["a@folded"], sizes, ("training",)) == []
     seen = []
     rows = run_cells(cells, CPU, tmp_path / "t.json", report=seen.append)
     assert rows == seen

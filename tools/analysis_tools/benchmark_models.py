@@ -7,7 +7,8 @@
 
 A model is a short name of the zoo, or `timm:` and a name of timm, if that is installed. `@plain` behind one of timm's
 computes its attention as two products and a softmax instead of by torch's fused operator; `@folded` behind one of the
-zoo folds its batch norms away, for inference. Every model is built for the size at hand, with random weights.
+zoo folds its batch norms away, for inference (it is left out of training). Every model is built for the size at hand,
+with random weights.
 
 A batch that does not fit is halved until it does. A model that fails or of which not one image fits becomes a row that
 says so. The JSON file is whole after every cell; `--resume` continues it, `--from` makes tables and plots of such files
