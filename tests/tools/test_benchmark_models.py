@@ -63,9 +63,14 @@ def test_broken_model_does_not_end_the_run(tool, capsys):
     assert printed.count("images/s") == 2
 
 
-def test_total_seconds(tool, capsys):
-    assert tool.main(["vim-tiny", *OPTIONS, "--total-seconds", "-1"]) == 0
-    assert "2 of 2 cells were not begun" in capsys.readouterr().out
+def test_total_seconds(tool, tmp_path, capsys):
+    """What comes after the measuring still works with what there is, be it nothing."""
+    more = ["--total-seconds", "-1", "--crossover", "vim-tiny", "vig-tiny", "--plot", str(tmp_path / "p.png")]
+    assert tool.main(["vim-tiny", "vig-tiny", *OPTIONS, *more, "--markdown", str(tmp_path / "p.md")]) == 0
+    printed = capsys.readouterr().out
+    assert "4 of 4 cells were not begun" in printed
+    assert "no crossover of vim-tiny and vig-tiny" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["p.md"]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +83,7 @@ def test_total_seconds(tool, capsys):
         (["vim-tiny", "--device", "cpu", "--resume"], "--json has to name"),
         (["vim-tiny", "--device", "cpu", "--crossover", "vim-tiny", "b"], "--crossover: b is not among the models"),
         ([], "give either models to measure or --from"),
+        (["--from", "a.json", "--json", "b.json"], "--from measures nothing"),
         (["--from", "nowhere.json"], "no table nowhere.json"),
     ],
 )

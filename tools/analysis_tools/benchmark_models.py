@@ -91,23 +91,29 @@ def read(paths: Sequence[str]) -> tuple[dict, list[dict]]:
 
 def run(args: argparse.Namespace) -> int:
     from mmvssm.analysis import comparison
-    from mmvssm.analysis.benchmark import FAILED
+    from mmvssm.analysis.benchmark import FAILED, FITS
 
     if bool(args.models) == bool(args.read_from):
         raise cli.UserError("give either models to measure or --from with files that were written before")
+    if args.read_from and (args.json or args.resume):
+        raise cli.UserError("--json and --resume are for measuring; --from measures nothing")
     for first, second in args.crossover:
         if args.models and (missing := {first, second} - set(args.models)):
             raise cli.UserError(f"--crossover: {missing.pop()} is not among the models")
     facts, rows = read(args.read_from) if args.read_from else measure(args)
-    crossovers = [found for pair in args.crossover for found in comparison.find_crossovers(rows, *pair)]
-    for crossover in crossovers:
-        print(crossover)
-    if args.crossover and args.json and not args.read_from:
+    crossovers = []
+    for pair in args.crossover:
+        if args.models and (missing := set(pair) - {row["model"] for row in rows}):  # the time was over before
+            print(f"no crossover of {' and '.join(pair)}: {missing.pop()} was not measured")
+            continue
+        crossovers += comparison.find_crossovers(rows, *pair)
+    print(*crossovers, sep="\n")
+    if args.crossover and args.json:
         path = Path(args.json).with_suffix(".crossovers.json")
         path.write_text(json.dumps([crossover.as_dict() for crossover in crossovers], indent=1) + "\n")
     if args.markdown:
         Path(args.markdown).write_text(comparison.markdown(rows) + "\n")
-    if args.plot:
+    if args.plot and any(row["status"] == FITS for row in rows):
         versions = facts.get("versions", {})
         title = f"{facts.get('device')}, torch {versions.get('torch')}"
         comparison.plot(rows, args.plot, title, crossovers)
