@@ -1,6 +1,7 @@
 """Time, images per second and memory of a model's step: eager, compiled, or replayed from a CUDA graph."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -66,8 +67,8 @@ def measure_speed(
             CPU; 'compile-graph', both.
         repeats: Timed steps, at most.
         warmup: Steps before them, at least one.
-        seconds: Limit for the warm-up and for the timed steps each. At least two steps of either are run; None sets no
-            limit.
+        seconds: Limit for the warm-up and for the timed steps each, counted from the end of the first step. At least
+            two steps of either are run; None sets no limit.
         kernel_time: Also run three steps under the profiler (on a GPU).
 
     Raises:
@@ -103,7 +104,7 @@ def _measure(
     model.train(mode == "training")
     called = torch.compile(model, dynamic=False) if "compile" in execution else model
     step = _step(model, called, images, mode, dtype)
-    limit = float("inf") if seconds is None else seconds
+    limit = math.inf if seconds is None else seconds
     try:
         memory = 0.0
         if "graph" in execution:
@@ -157,10 +158,14 @@ def _captured(step: Callable[[], None], warmup: int, limit: float) -> tuple[Call
 
 
 def _times(step: Callable[[], None], count: int, limit: float, cuda: bool) -> list[float]:
-    """Seconds of up to ``count`` steps; fewer, but at least two (or ``count``), when ``limit`` seconds are over."""
-    times, start = [], time.perf_counter()
+    """Seconds of up to ``count`` steps; fewer, but at least two (or ``count``), when ``limit`` seconds are over.
+
+    The first step does not count against the limit: in a warm-up it may compile for longer.
+    """
+    times, start = [], math.inf
     while len(times) < count and (len(times) < _LEAST_STEPS or time.perf_counter() - start < limit):
         times.append(_timed(step, cuda))
+        start = min(start, time.perf_counter())
     return times
 
 

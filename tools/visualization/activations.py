@@ -67,8 +67,10 @@ def draw_query(args: argparse.Namespace) -> None:
     figure = Figure(figsize=(2.3 * 6, (2.3 * H / W + 0.35) * len(backbone.out_indices)), dpi=110, layout="constrained")
     axes = figure.subplots(len(backbone.out_indices), 6, squeeze=False)
     shown = (pixels if preprocessing.channel_order == "rgb" else pixels.flip(0)).permute(1, 2, 0)
-    for row, stage, stride in zip(axes, backbone.out_indices, backbone.out_strides, strict=True):
-        cell = (int(y) // stride, int(x) // stride)
+    with torch.no_grad():
+        sizes = [features.shape[2:] for features in backbone(image)]
+    for row, stage, stride, (h, w) in zip(axes, backbone.out_indices, backbone.out_strides, sizes, strict=True):
+        cell = (min(int(y) // stride, h - 1), min(int(x) // stride, w - 1))  # patches may leave the last pixels out
         maps = activation_maps(backbone, image, stage, cell)
         maps = torch.cat([maps, maps.sum(0, keepdim=True)])
         row[0].imshow(shown)
@@ -106,7 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("image")
     parser.add_argument("--checkpoint", required=True, help="path or URL of the weights, or 'random' for a trial")
     parser.add_argument("--out", type=Path, required=True, help="sheet to write")
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], metavar="I", help="0 1 2 3")
+    parser.add_argument(
+        "--stages", type=int, nargs="+", default=[0, 1, 2, 3], metavar="I", help="0 1 2 3; blocks in plain backbones"
+    )
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="short edge, or height and width")
     parser.add_argument("--query", type=int, nargs=2, metavar=("X", "Y"), help="pixel of the image (VMamba)")
     parser.add_argument("--query-out", type=Path, help="picture of what that pixel looks at")
