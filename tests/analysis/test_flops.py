@@ -182,3 +182,24 @@ def test_command_line_for_every_task(capsys):
     assert "3 x 75 x 107" in capsys.readouterr().out
     assert main([str(folder / "vmamba-tiny-s1l8_8xb128_in1k.py"), "--shape", "1", "2", "3"]) == 2
     assert "--shape" in capsys.readouterr().err
+
+
+def test_command_line_writes_json_and_takes_names(tmp_path, capsys):
+    import json
+
+    from tests.tools.conftest import load_tool
+
+    main = load_tool("analysis_tools/get_flops").main
+    assert main(["vmamba-tiny-s1l8", "--shape", "64", "--depth", "1", "--json", str(tmp_path / "f.json")]) == 0
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert [row["module"] for row in found["modules"]] == ["", "backbone", "neck", "head"]
+    whole, *parts = found["modules"]
+    for key in ("parameters", "multiply_add_1", "multiply_add_2"):
+        assert found[key] == whole[key] == sum(part[key] for part in parts)
+    for key, operators in found["operators"].items():
+        assert sum(operators.values()) == found[key]
+        assert operators["mmvssm.selective_scan_2d"] > 0
+    assert found["multiply_add_1"] < found["multiply_add_2"] < 2 * found["multiply_add_1"]  # scans and norms count once
+    assert "multiply-add=2" in capsys.readouterr().out
+    assert main(["vmamba-tinny", "--shape", "64"]) == 2
+    assert "did you mean" in capsys.readouterr().err

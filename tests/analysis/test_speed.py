@@ -1,10 +1,12 @@
 """Timing of models, on the CPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from mmvssm.analysis import measure_speed
+from mmvssm.analysis import measure_speed, speed
 
 
 class Recorder(nn.Module):
@@ -25,12 +27,70 @@ class Recorder(nn.Module):
 @pytest.mark.parametrize("mode", ["inference", "training"])
 def test_measures_what_it_says(mode, dtype, torch_dtype):
     model, training = Recorder(), mode == "training"
-    speed = measure_speed(model, torch.randn(6, 3, 8, 8), mode, dtype, repeats=3, warmup=2)
+    found = measure_speed(model, torch.randn(6, 3, 8, 8), mode, dtype, repeats=3, warmup=2, kernel_time=True)
     assert model.calls == [(training, training, torch_dtype)] * 5
-    assert speed.milliseconds > 0
-    assert speed.images_per_second == pytest.approx(6e3 / speed.milliseconds)
-    assert speed.memory == 0
+    assert 0 < found.milliseconds <= found.p90 <= found.p99
+    assert found.images_per_second == pytest.approx(6e3 / found.milliseconds)
+    assert found.repeats == 3
+    assert found.memory == 0
+    assert found.kernel_milliseconds is None
     assert model.layer.weight.grad is None
+
+
+def test_percentiles(monkeypatch):
+    times = iter([9.0] + [i / 1000 for i in range(1, 102)])  # the first is warm-up
+    monkeypatch.setattr(speed, "_timed", lambda step, cuda: next(times))
+    found = measure_speed(Recorder(), torch.zeros(2, 3, 4, 4), repeats=101, warmup=1)
+    assert (found.milliseconds, found.p90, found.p99) == pytest.approx((51.0, 91.0, 100.0))
+    assert found.images_per_second == pytest.approx(2e3 / 51)
+
+
+def test_time_limit_leaves_two_steps_of_warmup_and_measurement():
+    model = Recorder()
+    found = measure_speed(model, torch.zeros(1, 3, 4, 4), repeats=1000, warmup=1000, seconds=1e-9)
+    assert found.repeats == 2
+    assert len(model.calls) == 4
+
+
+def test_compiled_step_calls_the_compiled_model(monkeypatch):
+    model, compiled = Recorder(), []
+
+    def compile_model(module, dynamic):
+        def call(x):
+            compiled.append(dynamic)
+            return module(x)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_model)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: compiled.append("reset"))
+    measure_speed(model, torch.zeros(1, 3, 4, 4), "training", execution="compile", repeats=2, warmup=1)
+    assert compiled == [False, False, False, "reset"]
+    assert len(model.calls) == 3
+
+
+def test_gradients_are_freed_after_a_failure():
+    class Failing(Recorder):
+        def forward(self, x):
+            if len(self.calls) == 2:
+                raise torch.OutOfMemoryError("too much")
+            return super().forward(x)
+
+    model = Failing()
+    with pytest.raises(torch.OutOfMemoryError):
+        measure_speed(model, torch.zeros(1, 3, 4, 4), "training")
+    assert model.layer.weight.grad is None
+
+
+def test_sum_of_kernels_leaves_out_the_cpu_and_annotations():
+    def event(device, microseconds, annotation=False):
+        span = SimpleNamespace(elapsed_us=lambda: microseconds)
+        device_type = getattr(torch.autograd.DeviceType, device)
+        return SimpleNamespace(device_type=device_type, is_user_annotation=annotation, time_range=span)
+
+    events = [event("CPU", 9000), event("CUDA", 1500), event("CUDA", 500), event("CUDA", 2000, annotation=True)]
+    assert speed._sum_of_kernels(events, steps=2) == 1.0
+    assert speed._sum_of_kernels(events[:1], steps=2) is None
 
 
 @pytest.mark.parametrize(
@@ -39,7 +99,9 @@ def test_measures_what_it_says(mode, dtype, torch_dtype):
         (dict(mode="testing"), "mode must be one of"),
         (dict(dtype="fp8"), "dtype one of"),
         (dict(repeats=0), "at least 1, got 0"),
-        (dict(graph=True), "CUDA graphs need a GPU, but the images are on cpu"),
+        (dict(execution="fast"), "execution must be one of"),
+        (dict(seconds=0.0), "seconds must be positive or None"),
+        (dict(execution="graph"), "CUDA graphs need a GPU, but the images are on cpu"),
     ],
 )
 def test_bad_arguments(arguments, sentence):

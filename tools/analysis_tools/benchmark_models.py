@@ -1,160 +1,160 @@
-"""Images per second and memory of classifiers at several image sizes, side by side.
+"""Speed and memory of classifiers side by side: latency, images per second, kernel time, over models and sizes.
 
-    python tools/analysis_tools/benchmark_models.py vim-tiny timm:deit_tiny_patch16_224 --sizes 224 512 1024 2048 \\
-        --modes inference training --dtype fp16 --graph --attention fused plain --json speed.json --plot speed.png
+    python tools/analysis_tools/benchmark_models.py vim-tiny timm:deit_tiny_patch16_224 \\
+        timm:deit_tiny_patch16_224@plain --sizes 224 512 1024 2048 --modes inference training --dtype fp16 \\
+        --execution eager graph --seconds-per-cell 10 --json speed.json --plot speed.png \\
+        --crossover vim-tiny timm:deit_tiny_patch16_224
 
-A model is a short name of the zoo, or `timm:` and a name of timm, if that is installed. Both are built for each size.
-`--attention plain` lets timm's models compute attention with two products and a softmax instead of torch's fused
-operator. The batch of a size is the one for 224 x 224, reduced as the number of pixels grows, and halved until it fits.
+A model is a short name of the zoo, or `timm:` and a name of timm, if that is installed. `@plain` behind one of timm's
+computes its attention as two products and a softmax instead of by torch's fused operator; `@folded` behind one of the
+zoo folds its batch norms away, for inference (it is left out of training). Every model is built for the size at hand,
+with random weights.
+
+A batch that does not fit is halved until it does. A model that fails or of which not one image fits becomes a row that
+says so. The JSON file is whole after every cell; `--resume` continues it, `--from` makes tables and plots of such files
+without measuring. Exit codes: 0; 2 after a mistake, told in one sentence; 3 if a model failed.
 """
 
 import argparse
-import contextlib
-import gc
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import mmvssm
+import mmvssm  # noqa: F401  first, so that its import hooks are in place before anything of mm* is imported
 from mmvssm.utils import cli
 
-BATCH_PIXELS = 224 * 224
 
-
-def build(name: str, size: int, device: str):
-    """A classifier with random weights for square images of `size`."""
-    if not name.startswith("timm:"):
-        return mmvssm.get_model(name, device=device, img_size=size)
-    try:
-        import timm
-    except ModuleNotFoundError as error:
-        raise cli.UserError(f"{name} needs timm, which is not installed: pip install timm") from error
-    name = name.removeprefix("timm:")
-    if not timm.is_model(name):
-        raise cli.UserError(f"timm has no model {name!r}")
-    with contextlib.suppress(TypeError):  # convolutional networks take any size
-        return timm.create_model(name, img_size=size).to(device)
-    return timm.create_model(name).to(device)
-
-
-def measure(name: str, size: int, batch: int, args: argparse.Namespace, mode: str, graph: bool) -> dict | None:
-    """The row of one measurement, at the largest batch that fits; None if not even one image does."""
+def measure(args: argparse.Namespace) -> tuple[dict, list[dict]]:
+    """Facts and rows of a new or continued run."""
     import torch
 
-    from mmvssm.analysis import measure_speed
-
-    gc.collect()  # what the model before has left
-    model = build(name, size, args.device)
-    while batch:
-        try:
-            images = torch.randn(batch, 3, size, size, device=args.device)
-            speed = measure_speed(model, images, mode, args.dtype, graph, args.repeats)
-        except torch.OutOfMemoryError:
-            batch //= 2
-            images = None
-            torch.cuda.empty_cache()
-            continue
-        return dict(batch=batch, images_per_second=speed.images_per_second, ms=speed.milliseconds, mib=speed.memory)
-    return None
-
-
-def rows_of(args: argparse.Namespace) -> list[dict]:
-    rows = []
-    for mode in args.modes:
-        for size in args.sizes:
-            batch = args.batch_size or max(1, 128 * BATCH_PIXELS // size**2)
-            for name in args.models:
-                kinds = args.attention if name.startswith("timm:") else [None]
-                for kind in kinds:
-                    if kind is not None:
-                        set_attention(kind)
-                    for graph in (False, True) if args.graph else (False,):
-                        row = dict(model=name, attention=kind, mode=mode, size=size, graph=graph)
-                        result = measure(name, size, batch, args, mode, graph)
-                        rows.append(row | (result or dict(batch=0)))
-                        print(line(rows[-1]), flush=True)
-    return rows
-
-
-def set_attention(kind: str) -> None:
-    with contextlib.suppress(ModuleNotFoundError):
-        from timm.layers import set_fused_attn
-
-        set_fused_attn(kind == "fused")
-
-
-def line(row: dict) -> str:
-    name = row["model"] + (f" ({row['attention']} attention)" if row["attention"] else "")
-    how = "graph" if row["graph"] else "eager"
-    start = f"{name:<50} {row['mode']:<9} {row['size']:>5} px  {how}  batch {row['batch']:>4}"
-    if not row["batch"]:
-        return f"{start}  does not fit"
-    return f"{start}  {row['images_per_second']:>9.1f} images/s  {row['ms']:>9.2f} ms  {row['mib']:>8.0f} MiB"
-
-
-def plot(rows: list[dict], path: str) -> None:
-    """Time and memory of one image over the size, a curve for each model, eager and graph."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    modes = sorted({row["mode"] for row in rows})
-    figure, axes = pyplot.subplots(len(modes), 2, figsize=(11, 4 * len(modes)), squeeze=False)
-    curves: dict[tuple, list[dict]] = {}
-    for row in rows:
-        if row["batch"]:
-            curves.setdefault((row["mode"], row["model"], row["attention"], row["graph"]), []).append(row)
-    for (mode, model, attention, graph), points in curves.items():
-        label = " ".join(filter(None, (model, attention, "graph" if graph else "eager")))
-        sizes = [p["size"] for p in points]
-        left, right = axes[modes.index(mode)]
-        left.plot(sizes, [p["ms"] / p["batch"] for p in points], "--" if graph else "-", marker="o", label=label)
-        if not graph:
-            right.plot(sizes, [p["mib"] / p["batch"] for p in points], marker="o", label=label)
-    for mode, (left, right) in zip(modes, axes, strict=True):
-        for axis, unit in ((left, "ms per image"), (right, "MiB per image")):
-            axis.set(title=mode, xlabel="pixels per side", ylabel=unit, xscale="log", yscale="log")
-            axis.legend(fontsize=7)
-            axis.grid(alpha=0.3, which="both")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
-def run(args: argparse.Namespace) -> None:
-    import torch
+    from mmvssm.analysis import benchmark
+    from mmvssm.analysis.contenders import parse_contender
 
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise cli.UserError(f"--device {args.device}: torch sees no GPU; --device cpu times the CPU")
-    if args.graph and not args.device.startswith("cuda"):
-        raise cli.UserError("--graph needs a GPU")
-    rows = rows_of(args)
-    where = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "CPU"
-    facts = dict(device=where, torch=torch.__version__, dtype=args.dtype, mmvssm=mmvssm.__version__)
-    if args.json:
-        Path(args.json).write_text(json.dumps(facts | dict(rows=rows), indent=1))
-    if args.plot:
-        plot(rows, args.plot)
+    if not args.device.startswith("cuda") and any("graph" in execution for execution in args.execution):
+        raise cli.UserError(f"--execution {' '.join(args.execution)}: CUDA graphs need a GPU")
+    for name in ("repeats", "warmup"):
+        if getattr(args, name) < 1:
+            raise cli.UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.resume and not args.json:
+        raise cli.UserError("--resume continues a file, which --json has to name")
+    for name in args.models:
+        parse_contender(name)
+    protocol = benchmark.Protocol(
+        device=args.device,
+        channels_last=args.channels_last,
+        tf32=args.tf32,
+        cudnn_benchmark=args.cudnn_benchmark,
+        warmup=args.warmup,
+        repeats=args.repeats,
+        seconds=args.seconds_per_cell,
+        kernel_time=not args.no_kernel_time,
+    )
+    sizes = [benchmark.Size.parse(text, args.batch_size) for text in args.sizes]
+    cells = benchmark.cells_of(args.models, sizes, args.modes, args.dtype, args.execution)
+    facts = benchmark.facts_of(protocol)
+    print(f"{facts['device']}, {', '.join(f'{k} {v}' for k, v in facts['versions'].items() if v)}")
+    print(", ".join(f"{k} {v}" for k, v in facts["protocol"].items()), f"tf32 {facts['tf32']}", sep=", ", flush=True)
+    rows = benchmark.run_cells(
+        cells,
+        protocol,
+        args.json,
+        args.resume,
+        args.total_seconds,
+        lambda row: print(comparison_line(row), flush=True),
+    )
+    left = len(cells) - sum(any(row | cell.key == row for row in rows) for cell in cells)
+    if left:
+        print(f"{left} of {len(cells)} cells were not begun within --total-seconds {args.total_seconds:g}")
+    return facts, rows
+
+
+def comparison_line(row: dict) -> str:
+    from mmvssm.analysis.comparison import line
+
+    return line(row)
+
+
+def read(paths: Sequence[str]) -> tuple[dict, list[dict]]:
+    """Facts of the first file and rows of all."""
+    from mmvssm.analysis.benchmark import read_table
+
+    tables = [read_table(path) for path in paths]
+    devices = {str(facts.get("device")) for facts, _ in tables}
+    if len(devices) > 1:
+        raise cli.UserError(f"--from: the files are of different devices, {', '.join(sorted(devices))}")
+    return tables[0][0], [row for _, rows in tables for row in rows]
+
+
+def run(args: argparse.Namespace) -> int:
+    from mmvssm.analysis import comparison
+    from mmvssm.analysis.benchmark import FAILED, FITS
+
+    if bool(args.models) == bool(args.read_from):
+        raise cli.UserError("give either models to measure or --from with files that were written before")
+    if args.read_from and (args.json or args.resume):
+        raise cli.UserError("--json and --resume are for measuring; --from measures nothing")
+    for first, second in args.crossover:
+        if args.models and (missing := {first, second} - set(args.models)):
+            raise cli.UserError(f"--crossover: {missing.pop()} is not among the models")
+    facts, rows = read(args.read_from) if args.read_from else measure(args)
+    crossovers = []
+    for pair in args.crossover:
+        if args.models and (missing := set(pair) - {row["model"] for row in rows}):  # the time was over before
+            print(f"no crossover of {' and '.join(pair)}: {missing.pop()} was not measured")
+            continue
+        crossovers += comparison.find_crossovers(rows, *pair)
+    print(*crossovers, sep="\n")
+    if args.crossover and args.json:
+        path = Path(args.json).with_suffix(".crossovers.json")
+        path.write_text(json.dumps([crossover.as_dict() for crossover in crossovers], indent=1) + "\n")
+    if args.markdown:
+        Path(args.markdown).write_text(comparison.markdown(rows) + "\n")
+    if args.plot and any(row["status"] == FITS for row in rows):
+        versions = facts.get("versions", {})
+        title = f"{facts.get('device')}, torch {versions.get('torch')}"
+        comparison.plot(rows, args.plot, title, crossovers)
+    return 3 if any(row["status"] == FAILED for row in rows) else 0
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    from mmvssm.analysis.benchmark import TF32
+    from mmvssm.analysis.speed import DTYPES, EXECUTIONS, MODES
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("models", nargs="*", help="short names of the zoo, or timm:NAME; variants @plain and @folded")
+    add("--sizes", nargs="+", default=["224"], help="224, 800x1216 (height x width), either with a batch: 224:128")
+    add("--batch-size", type=int, help="where the size names none; else 128 at 224 pixels and fewer above")
+    add("--modes", nargs="+", choices=MODES, default=["inference"])
+    add("--dtype", nargs="+", choices=list(DTYPES), default=["fp16"], help="of autocast (fp16)")
+    add("--execution", nargs="+", choices=EXECUTIONS, default=["eager"], help="ways to run a step (eager)")
+    add("--channels-last", action="store_true", help="memory layout of images and weights")
+    add("--tf32", choices=TF32, default="default", help="tensor cores for float32: default is torch's own setting")
+    add("--cudnn-benchmark", action="store_true", help="let cuDNN search for the fastest convolutions")
+    add("--warmup", type=int, default=5, help="steps before the timed ones (%(default)s)")
+    add("--repeats", type=int, default=50, help="timed steps (%(default)s)")
+    add("--seconds-per-cell", type=float, help="limit for warm-up and timed steps each; two steps are always run")
+    add("--total-seconds", type=float, help="begin no further cell after that time")
+    add("--no-kernel-time", action="store_true", help="leave the profiler out")
+    add("--device", default="cuda")
+    add("--json", help="file for facts and rows, written after every cell")
+    add("--resume", action="store_true", help="keep what the --json file has, measure the rest")
+    add("--from", dest="read_from", nargs="+", metavar="JSON", help="measure nothing: take the rows of these files")
+    add("--plot", help="draw time and memory over the size to this picture")
+    add("--markdown", help="write the rows as a table to this file")
+    add("--crossover", nargs=2, action="append", default=[], metavar=("A", "B"), help="where does A overtake B?")
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="short names of the zoo, or timm:NAME")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224], help="sides of the square images")
-    parser.add_argument("--modes", nargs="+", choices=["inference", "training"], default=["inference"])
-    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp16", help="of autocast")
-    parser.add_argument("--batch-size", type=int, help="for every size; else 128 at 224 pixels and fewer above")
-    parser.add_argument("--graph", action="store_true", help="time replays of a CUDA graph, too")
-    parser.add_argument(
-        "--attention", nargs="+", choices=["fused", "plain"], default=["fused"], help="of timm's models"
-    )
-    parser.add_argument("--repeats", type=int, default=10, help="timed steps, of which the median counts")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--json", help="write the rows to this file")
-    parser.add_argument("--plot", help="write curves to this picture")
-    args = parser.parse_args(argv)
-    return cli.run_tool(lambda: run(args))
+    args = parse_args(argv)
+    codes: list[int] = []
+    mistake = cli.run_tool(lambda: codes.append(run(args)))
+    return mistake or codes[0]
 
 
 if __name__ == "__main__":
