@@ -1,198 +1,241 @@
-"""Time the operators on a GPU beside the floor of the hardware.
+"""Time the operators beside the floor of the hardware, the torch backend and other packages.
 
-    python kernels/benchmarks/run.py [--json FILE] [--dtype float16|bfloat16|float32] [--only SUBSTRING]
+    python kernels/benchmarks/run.py [--only SUBSTRING] [--json FILE] [--plot FILE] [--torch] [--peers]
 
-Every case is checked against the float64 recurrence first (on a cut-down batch); a case that fails is not timed. Times
-are medians of CUDA-event timings with a flushed L2 cache (triton.testing.do_bench), in milliseconds.
+Every case is checked against the float64 recurrence first, on a batch of one; a case that fails is not timed. Times are
+medians in milliseconds: of the whole call, by CUDA events and with a flushed L2 cache, and of its kernels alone, by
+torch's profiler. "/ floor" divides the kernel time by the least time that one H200 needs for the bytes, exponentials or
+multiply-adds of the case, whichever takes longest. Launches are those beside matrix products. Results are written as
+they come, so that nothing is lost when a run is stopped. On a CPU (--device cpu) only the torch backend is timed.
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from cases import CASES, OPERATORS, SERIES
+from floors import floors
+from peers import peer
+from timing import Call, median_ms, profile_kernels
 
-from mmvssm_kernels import causal_conv1d, locality_gate, selective_scan_2d, swiglu
-from mmvssm_kernels.testing import (
-    AddNorm,
-    BidirectionalGla,
-    BidirectionalScan,
-    Conv1d,
-    Gate,
-    Scan2d,
-    SwiGlu,
-    add_norm_with_drop,
-    bidirectional_gla_of_list,
-    bidirectional_scan_of_list,
-    check_operator,
-)
+from mmvssm_kernels.testing import check_operator, relative_error
 
-# Measured rates of one H200: bytes of a device copy, exponentials and multiply-adds per second.
-BYTES, EXPONENTIALS, MULTIPLY_ADDS = 4.27e12, 4.18e12, 32.1e12
-
-OPERATORS = {
-    Scan2d: selective_scan_2d,
-    Conv1d: causal_conv1d,
-    AddNorm: add_norm_with_drop,
-    Gate: locality_gate,
-    SwiGlu: swiglu,
-    BidirectionalGla: bidirectional_gla_of_list,
-    BidirectionalScan: bidirectional_scan_of_list,
-}
-
-CASES = {
-    "224 b128 stage 1": Scan2d(128, 96, 56, 56, 6, 1),
-    "224 b128 stage 2": Scan2d(128, 192, 28, 28, 12, 1),
-    "224 b128 stage 3": Scan2d(128, 384, 14, 14, 24, 1),
-    "224 b128 stage 4": Scan2d(128, 768, 7, 7, 48, 1),
-    "512x2048 b2 stage 1": Scan2d(2, 96, 128, 512, 6, 1),
-    "800x1216 b2 stage 1": Scan2d(2, 96, 200, 304, 6, 1),
-    "800x1216 b2 stage 3": Scan2d(2, 384, 50, 76, 24, 1),
-    "v0 b128 56x56": Scan2d(128, 192, 56, 56, 6, 16),
-    "v0 b128 14x14": Scan2d(128, 768, 14, 14, 24, 16),
-    "block vim-tiny b128": BidirectionalScan(128, 384, 197, 12, 16),
-    "block vim-small b128": BidirectionalScan(128, 768, 197, 24, 16),
-    "block vim-tiny L4097 b4": BidirectionalScan(4, 384, 4097, 12, 16),
-    "block vim-tiny L16129 b2": BidirectionalScan(2, 384, 16129, 12, 16),
-    "conv vim-tiny b128": Conv1d(128, 384, 197),
-    "conv vim-small b128": Conv1d(128, 768, 197, reverse=True),
-    "conv vim-tiny L4096 b4": Conv1d(4, 384, 4096),
-    "conv mambavision b128": Conv1d(128, 160, 196, 3, bias=False, padding="same"),
-    "norm vim-tiny b128": AddNorm(128, 197, 192),
-    "norm vim-small b128": AddNorm(128, 197, 384),
-    "norm vim-base b128": AddNorm(128, 197, 768, drop=True),
-    "gate vig-tiny b128": Gate(128, 196, 3, 64, silu=True, bias=True),
-    "gate vigh-tiny b128 56x56": Gate(128, 3136, 3, 32, bias=True),
-    "swiglu vig-tiny b128": SwiGlu(128, 196, 512),
-    "swiglu vigh-base b128": SwiGlu(128, 3136, 352),
-    "gla vig-tiny b128": BidirectionalGla(128, 196, 3, 32, 64),
-    "gla+norm vig-tiny b128": BidirectionalGla(128, 196, 3, 32, 64, norm=True),
-    "gla+norm vig-small b128": BidirectionalGla(128, 196, 6, 32, 64, norm=True),
-    "gla vigh-tiny stage 1": BidirectionalGla(128, 3136, 3, 16, 32),
-    "gla vigh-tiny stage 3": BidirectionalGla(128, 196, 12, 16, 32),
-    "gla vig-tiny L4096 b4": BidirectionalGla(4, 4096, 3, 32, 64),
-    "gla vigh-tiny 67200 b1": BidirectionalGla(1, 67200, 3, 16, 32),
-}
+# A peer may round where we do not; what differs by more computes something else.
+PEER_TOLERANCE = 3e-2
 
 
-def floors(case: NamedTuple, itemsize: int) -> tuple[float, float]:
-    """Least milliseconds of forward and backward: the largest of bytes, exponentials and multiply-adds."""
-    if isinstance(case, BidirectionalScan):
-        tokens = case.batch * case.length
-        projected = case.rank + 2 * case.state
-        elements = case.directions * tokens * case.channels
-        forward = (
-            itemsize * tokens * (5 * case.channels + 3 * projected) / BYTES,
-            elements * (case.state + 5) / EXPONENTIALS,
-            elements * (case.width + case.rank + 4 * case.state + 3) / MULTIPLY_ADDS,
-        )
-        backward = (
-            itemsize * tokens * (8 * case.channels + 5 * projected) / BYTES,
-            elements * (case.state + 7.5) / EXPONENTIALS,
-            elements * (case.width + 2 * case.rank + 11 * case.state + 8) / MULTIPLY_ADDS,
-        )
-        return 1e3 * max(forward), 1e3 * max(backward)
-    if isinstance(case, Conv1d):  # x in and y out; x and dy in and dx out
-        elements = case.batch * case.channels * case.length
-        return 1e3 * 2 * itemsize * elements / BYTES, 1e3 * 3 * itemsize * elements / BYTES
-    if isinstance(case, AddNorm):  # a float32 residual stream in and out; two float32 gradients of it and the stream in
-        elements = case.batch * case.channels * case.length
-        return 1e3 * (2 * itemsize + 8) * elements / BYTES, 1e3 * (2 * itemsize + 12) * elements / BYTES
-    if isinstance(case, Gate):  # three tensors in and one out; four in and three out
-        elements = case.batch * case.length * case.heads * case.values
-        return 1e3 * 4 * itemsize * elements / BYTES, 1e3 * 7 * itemsize * elements / BYTES
-    if isinstance(case, SwiGlu):  # both halves in and one out; three in and two out
-        elements = case.batch * case.length * case.hidden
-        return 1e3 * 3 * itemsize * elements / BYTES, 1e3 * 5 * itemsize * elements / BYTES
-    if isinstance(case, BidirectionalGla):  # q, k and gates in, v in, output out; all but the output in and out
-        tokens = case.batch * case.length * case.heads
-        forward = 2 * case.keys + case.values
-        return (
-            1e3 * tokens * max(2 * itemsize * forward / BYTES, 8 * case.keys / EXPONENTIALS),
-            1e3 * tokens * max(itemsize * (4 * forward - case.values) / BYTES, 8 * case.keys / EXPONENTIALS),
-        )
-    tokens = case.batch * case.height * case.width
-    projected = 4 * (case.rank + 2 * case.state)
-    elements = 4 * tokens * case.channels
-    forward = (
-        itemsize * tokens * (3 * case.channels + 2 * projected) / BYTES,
-        elements * (case.state + 2) / EXPONENTIALS,
-        elements * (case.rank + 4 * case.state + 3) / MULTIPLY_ADDS,
-    )
-    backward = (
-        itemsize * tokens * (5 * case.channels + 6 * projected) / BYTES,
-        elements * (case.state + 3) / EXPONENTIALS,
-        elements * (2 * case.rank + 11 * case.state + 8) / MULTIPLY_ADDS,
-    )
-    return 1e3 * max(forward), 1e3 * max(backward)
-
-
-def measure(case: NamedTuple, dtype: torch.dtype) -> dict[str, float]:
-    """Forward and backward milliseconds, and MiB held between them."""
-    from triton.testing import do_bench
-
+def operator_call(case: NamedTuple, backend: str) -> Callable:
+    """The case's operator as a function of the inputs alone."""
     operator, options = OPERATORS[type(case)], case.options()
-    check_operator(operator, case._replace(batch=1), dtype, "cuda", "triton")
-    inputs = case.inputs(dtype, "cuda")
+    return lambda *inputs: operator(*inputs, **options, backend=backend)
+
+
+def time_call(function: Callable, inputs: list, device: str) -> dict[str, float]:
+    """Forward and backward milliseconds; on a GPU also kernel time, launches and MiB held."""
+    call = Call(function, inputs)
     with torch.no_grad():
-        forward = do_bench(lambda: operator(*inputs, **options), return_mode="median")
-    inputs = [None if t is None else t.requires_grad_() for t in inputs]
-    leaves = [t for t in inputs if t is not None]
-    before = torch.cuda.memory_allocated()
-    results = operator(*inputs, **options)
-    results = results if isinstance(results, tuple) else (results,)
-    # Results belong to the consumer and x to the producer; whichever the backward pass needs is counted.
-    needed = results[1] if isinstance(case, AddNorm) else inputs[0]
-    held = torch.cuda.memory_allocated() - before + needed.numel() * needed.element_size()
-    held -= sum(t.numel() * t.element_size() for t in results)
-    upstream = [torch.randn_like(t) for t in results]
-    backward = do_bench(lambda: torch.autograd.grad(results, leaves, upstream, retain_graph=True), return_mode="median")
-    floor_forward, floor_backward = floors(case, inputs[0].element_size())
-    return {
-        "forward_ms": forward,
-        "backward_ms": backward,
-        "forward_floor_ms": floor_forward,
-        "backward_floor_ms": floor_backward,
-        "held_mib": held / 2**20,
-    }
+        row = {"forward_ms": median_ms(call.forward, device)}
+        if device == "cuda":
+            row |= {f"forward_{k}": v for k, v in _kernels(call.forward).items()}
+    backward, held = call.backward()
+    row["backward_ms"] = median_ms(backward, device)
+    if device == "cuda":
+        row |= {f"backward_{k}": v for k, v in _kernels(backward).items()} | {"held_mib": held}
+    return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
-    parser.add_argument("--only", default="")
-    args = parser.parse_args()
-    import triton
+def _kernels(function: Callable) -> dict[str, float]:
+    kernels = profile_kernels(function)
+    return {"kernel_ms": kernels.milliseconds, "launches": kernels.launches, "products": kernels.products}
 
-    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
-    print(f"{machine}, Python {platform.python_version()}, {args.dtype}")
-    print(f"{'case':24}{'fwd ms':>9}{'/ floor':>9}{'bwd ms':>9}{'/ floor':>9}{'held MiB':>10}")
-    results, failed = {}, False
-    for name, case in CASES.items():
-        if args.only not in name:
-            continue
+
+def time_peer(case: NamedTuple, inputs: list, device: str) -> dict[str, Any]:
+    """Times of another package, or why there are none."""
+    found = peer(case)
+    if found is None:
+        return {}
+    package, function = found
+    try:
+        with torch.no_grad():
+            want = Call(operator_call(case, "auto"), inputs).forward()[0]
+            error = relative_error(function(*inputs), want)
+        if not error < PEER_TOLERANCE:
+            return {"peer": package, "peer_problem": f"differs by {error:.1e}"}
+        times = time_call(function, inputs, device)
+    except Exception as error:  # whatever happens inside another package must not end the run
+        return {"peer": package, "peer_problem": f"{type(error).__name__}: {error}"[:200]}
+    return {"peer": package, **{f"peer_{name}": value for name, value in times.items()}}
+
+
+def measure(case: NamedTuple, args: argparse.Namespace) -> dict[str, Any]:
+    """All that is asked for about one case.
+
+    Raises:
+        AssertionError: The result is wrong.
+    """
+    dtype = getattr(torch, args.dtype)
+    backend = "triton" if args.device == "cuda" else "torch"
+    check_operator(OPERATORS[type(case)], case._replace(batch=1), dtype, args.device, backend)
+    inputs = case.inputs(dtype, args.device)
+    row = time_call(operator_call(case, backend), inputs, args.device)
+    least = floors(case, inputs[0].element_size())
+    row |= dict(zip(("forward_floor_ms", "backward_floor_ms"), least, strict=True))
+    if args.torch and backend != "torch":
         try:
-            row = results[name] = measure(case, getattr(torch, args.dtype))
+            times = time_call(operator_call(case, "torch"), inputs, args.device)
+            row |= {f"torch_{name}": value for name, value in times.items()}
+        except torch.OutOfMemoryError:
+            row["torch_problem"] = "out of memory"
+    if args.peers:
+        row |= time_peer(case, inputs, args.device)
+    return row
+
+
+def columns(args: argparse.Namespace) -> dict[str, Callable[[dict], float | None]]:
+    """Heading of each column and what it shows of a row."""
+    found = {}
+    for heading, part in (("fwd", "forward"), ("bwd", "backward")):
+        found[heading] = lambda row, part=part: row[f"{part}_ms"]
+        if args.device == "cuda":
+            found[f"{heading} kernels"] = lambda row, part=part: row[f"{part}_kernel_ms"]
+            found["/ floor" + " " * len(found)] = lambda row, part=part: (
+                row[f"{part}_kernel_ms"] / row[f"{part}_floor_ms"]
+            )
+            found["launches" + " " * len(found)] = lambda row, part=part: row[f"{part}_launches"]
+        if args.torch:
+            found[f"torch {heading}"] = lambda row, part=part: row.get(f"torch_{part}_ms")
+        if args.peers:
+            found[f"peer {heading}"] = lambda row, part=part: row.get(f"peer_{part}_ms")
+    if args.device == "cuda":
+        found["held MiB"] = lambda row: row["held_mib"]
+    return found
+
+
+def line(row: dict, shown: dict[str, Callable[[dict], float | None]]) -> str:
+    """A row of the table."""
+    text = ""
+    for heading, value_of in shown.items():
+        width, value = max(len(heading.strip()), 7) + 2, value_of(row)
+        digits = 1 if heading.startswith(("/ floor", "launches", "held")) else 3
+        text += f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
+    return text + (f"  {row['peer']}: {row['peer_problem']}" if "peer_problem" in row else "")
+
+
+def run_cases(cases: dict[Any, NamedTuple], args: argparse.Namespace, record: Callable[[Any, dict], None]) -> bool:
+    """Measure, print and record every case; whether all of them passed their checks."""
+    shown, passed = columns(args), True
+    print(f"{'case':28}" + "".join(f"{h.strip():>{max(len(h.strip()), 7) + 2}}" for h in shown))
+    for key, case in cases.items():
+        name = str(key)
+        try:
+            row = measure(case, args)
         except Exception:  # one broken case must not hide the others
-            failed = True
-            print(f"{name:24} not timed: its check failed")
+            passed = False
+            print(f"{name:28} not timed: its check failed")
             traceback.print_exc(limit=2)
             continue
-        forward, backward = row["forward_ms"], row["backward_ms"]
-        print(
-            f"{name:24}{forward:9.3f}{forward / row['forward_floor_ms']:9.1f}{backward:9.3f}"
-            f"{backward / row['backward_floor_ms']:9.1f}{row['held_mib']:10.1f}",
-            flush=True,
-        )
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "dtype": args.dtype, "results": results}, indent=1))
-    sys.exit(failed)
+        record(key, row)
+        print(f"{name:28}" + line(row, shown), flush=True)
+    return passed
+
+
+def plot(series: dict[str, dict[int, dict]], path: Path, title: str) -> None:
+    """Time over sequence length, a panel for each series."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = -(-len(series) // 2)
+    figure, axes = pyplot.subplots(rows, 2, figsize=(13, 4.4 * rows), squeeze=False, layout="constrained")
+    for axis, (name, measured) in zip(axes.flat, series.items(), strict=False):
+        for key, label in _CURVES.items():
+            points = [(length, row[key]) for length, row in measured.items() if row.get(key) is not None]
+            if points:
+                style = "--" if "floor" in key else "-"
+                axis.plot(*zip(*points, strict=True), style, marker="o", markersize=4, label=label)
+        axis.set(title=name, xscale="log", yscale="log", xlabel="tokens in a sequence", ylabel="ms")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    for axis in axes.flat[len(series) :]:
+        axis.set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+_CURVES = {
+    "forward_ms": "forward",
+    "backward_ms": "backward",
+    "torch_forward_ms": "forward, torch backend",
+    "torch_backward_ms": "backward, torch backend",
+    "peer_forward_ms": "forward, other package",
+    "peer_backward_ms": "backward, other package",
+    "forward_floor_ms": "floor of forward",
+    "backward_floor_ms": "floor of backward",
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help="cases and series whose names contain it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also time series of lengths, and draw them (PNG)")
+    parser.add_argument("--torch", action="store_true", help="time the torch backend, too")
+    parser.add_argument("--peers", action="store_true", help="time mamba_ssm, causal_conv1d and fla where installed")
+    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    cases = {name: case for name, case in CASES.items() if args.only in name}
+    series = {name: cases for name, cases in SERIES.items() if args.only in name} if args.plot else {}
+    if not cases and not series:
+        names = ", ".join([*CASES, *SERIES])
+        print(f"error: --only {args.only!r} matches no case; there are: {names}", file=sys.stderr)
+        return 2
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("error: torch sees no GPU; --device cpu times the torch backend on a CPU", file=sys.stderr)
+        return 2
+    machine = f"{_device_name(args.device)}, torch {torch.__version__}, Triton {_triton_version()}, {args.dtype}"
+    print(f"{machine}, Python {platform.python_version()}")
+    report: dict[str, Any] = {"machine": machine, "dtype": args.dtype, "results": {}, "series": {}}
+
+    def record(group: dict, name: Any, row: dict) -> None:
+        group[name] = row
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1))
+
+    passed = run_cases(cases, args, lambda name, row: record(report["results"], name, row))
+    for name, lengths in series.items():
+        print(f"\n{name}, over the length")
+        group = report["series"].setdefault(name, {})
+        passed &= run_cases(lengths, args, lambda length, row, group=group: record(group, length, row))
+    if args.plot:
+        plot(report["series"], args.plot, machine)
+    return 0 if passed else 1
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def _triton_version() -> str:
+    with contextlib.suppress(ImportError):
+        import triton
+
+        return triton.__version__
+    return "absent"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -212,7 +212,7 @@ class Conv1d(NamedTuple):
 
 
 class AddNorm(NamedTuple):
-    """A case of :func:`mmvssm_kernels.add_norm`."""
+    """A case of :func:`mmvssm_kernels.add_norm`; ``alone`` asks for the norm only."""
 
     batch: int
     length: int
@@ -221,6 +221,7 @@ class AddNorm(NamedTuple):
     residual: bool = True
     bias: bool = False
     drop: bool = False
+    alone: bool = False
 
     def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Tensor | None]:
         """Fresh random x, residual, weight and bias; only x has the dtype, the others are float32 (float64)."""
@@ -232,20 +233,20 @@ class AddNorm(NamedTuple):
         rows = (self.batch, self.length, self.channels)
         return [
             normal(*rows, dtype=dtype),
-            normal(*rows) if self.residual else None,
+            normal(*rows) if self.residual and not self.alone else None,
             normal(self.channels),
             normal(self.channels) if self.bias else None,
         ]
 
     def options(self) -> dict:
         """Keyword arguments of :func:`add_norm_with_drop`."""
-        return {"norm": self.norm, "drop": self.drop}
+        return {"norm": self.norm, "drop": self.drop, "alone": self.alone}
 
 
-def add_norm_with_drop(x: Tensor, *tensors: Tensor | None, drop: bool, **options) -> tuple[Tensor, Tensor]:
+def add_norm_with_drop(x: Tensor, *tensors: Tensor | None, drop: bool, alone: bool, **options) -> tuple[Tensor, Tensor]:
     """:func:`mmvssm_kernels.add_norm`, with ``drop`` as drop path: every second sample dropped, the others scaled."""
     scale = torch.arange(len(x), device=x.device).remainder(2).to(torch.promote_types(x.dtype, torch.float32)) * 1.25
-    return add_norm(x, *tensors, scale=scale if drop else None, **options)
+    return add_norm(x, *tensors, scale=scale if drop else None, residual_dtype=x.dtype if alone else None, **options)
 
 
 class BiasActivation(NamedTuple):

@@ -105,9 +105,9 @@ def causal_conv1d(x, weight, bias, activation, reverse, padding, backend):
     return causal_conv1d_reference(x, weight, bias, activation, reverse, padding).to(x.dtype)
 
 
-def add_norm(x, residual, weight, bias, eps, norm, scale, residual_dtype, backend):
+def add_norm(x, residual, weight, bias, eps, norm, scale, residual_dtype, out_dtype, backend):
     y, stream = add_norm_reference(x, residual, weight, bias, eps, norm, scale)
-    return y.to(x.dtype), stream.to(residual_dtype)
+    return y.to(out_dtype), stream.to(residual_dtype)
 
 
 def swiglu(x, backend):

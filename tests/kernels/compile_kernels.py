@@ -35,7 +35,12 @@ SCANS = [
 SCANS_2D = [Scan2d(2, 96, 56, 56, 6, 1), Scan2d(2, 768, 7, 7, 48, 1), Scan2d(1, 192, 56, 56, 6, 16)]
 
 CONVOLUTIONS = [Conv1d(2, 160, 40), Conv1d(1, 33, 20, 3, bias=False, activation=None, padding="same")]
-NORMS = [AddNorm(2, 40, 192), AddNorm(2, 9, 1000, "layer", bias=True), AddNorm(2, 9, 384, residual=False)]
+NORMS = [
+    AddNorm(2, 40, 192),
+    AddNorm(2, 9, 1000, "layer", bias=True),
+    AddNorm(2, 9, 384, residual=False),
+    AddNorm(2, 40, 96, "layer", bias=True, alone=True),
+]
 GATES = [Gate(2, 40, 3, 64, silu=True, bias=True), Gate(2, 9, 12, 32), Gate(1, 5, 3, 20)]
 BIASES = [
     BiasActivation(2, 40, 80, "gelu_tanh"),
@@ -79,10 +84,14 @@ def record_launches(dtype: torch.dtype) -> list:
         forward, backward = (import_module(f"{package}.triton_{part}") for part in ("fwd", "bwd"))
         for case in NORMS:
             x, residual, weight, bias = case.inputs(dtype)
-            scale = None if bias is None else torch.ones(case.batch)
-            y, r = forward.add_norm_forward(x, residual, weight, bias, 1e-5, case.norm, scale, torch.float32)
+            scale = None if bias is None or case.alone else torch.ones(case.batch)
+            x = x.float() if case.alone else x  # as behind the scan of VMamba
+            residual_dtype = None if case.alone else torch.float32
+            arguments = (x, residual, weight, bias, 1e-5, case.norm, scale, residual_dtype, dtype)
+            y, r = forward.add_norm_forward(*arguments)
+            r = x if case.alone else r
             in_dtype = None if residual is None else torch.float32
-            backward.add_norm_backward(y, r, r, weight, bias, 1e-5, case.norm, scale, dtype, in_dtype)
+            backward.add_norm_backward(y, r, r, weight, bias, 1e-5, case.norm, scale, x.dtype, in_dtype)
         package = "mmvssm_kernels.locality_gate"
         forward, backward = (import_module(f"{package}.triton_{part}") for part in ("fwd", "bwd"))
         for case in GATES:

@@ -63,14 +63,48 @@ def test_one_of_the_results_unused(used):
         assert relative_error(g, torch.zeros_like(g) if w is None else w) < 1e-5
 
 
-@pytest.mark.parametrize("case", [AddNorm(2, 3, 8), AddNorm(2, 3, 8, "layer", bias=True, drop=True)], ids=case_id)
+@pytest.mark.parametrize(
+    "case",
+    [
+        AddNorm(2, 3, 8),
+        AddNorm(2, 3, 8, "layer", bias=True, drop=True),
+        AddNorm(2, 3, 8, "layer", alone=True),  # in float32: a norm alone, without a stream
+    ],
+    ids=case_id,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(case, dtype):
     inputs = [None if t is None else t.requires_grad_() for t in case.inputs(dtype)]
     scale = torch.tensor([0.0, 1.25]) if case.drop else None
-    options = (1e-5, case.norm, scale, torch.float32, "auto")
+    options = (1e-5, case.norm, scale, torch.float32, dtype, "auto")
     tolerances = {} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
     torch.library.opcheck(torch.ops.mmvssm.add_norm.default, (*inputs, *options), **tolerances)
+
+
+class TestNormAlone:
+    def test_stream_is_the_input(self):
+        x, _, weight, _ = AddNorm(2, 3, 8).inputs(torch.float32)
+        assert add_norm(x, None, weight)[1] is x
+        assert add_norm(x.half(), None, weight, residual_dtype=torch.float16)[1].dtype == torch.float16
+
+    def test_stream_is_new_where_it_differs(self):
+        x, _, weight, _ = AddNorm(2, 3, 8).inputs(torch.float32)
+        assert torch.equal(
+            add_norm(x, None, weight, scale=torch.tensor([0.0, 2.0]))[1], x * torch.tensor([[[0.0]], [[2.0]]])
+        )
+        assert add_norm(x.half(), None, weight)[1].dtype == torch.float32
+
+    @pytest.mark.parametrize("layout", ["dense", "transposed"])
+    def test_gradients_of_both_results_add_up(self, layout):
+        x = torch.randn(2, 5, 6) if layout == "dense" else torch.randn(2, 6, 5).transpose(1, 2)
+        x, weight = x.requires_grad_(), torch.randn(6, requires_grad=True)
+        upstream = torch.randn(2, 5, 6)
+        results = []
+        for backend in ("torch", "reference"):
+            y, r = add_norm(x, None, weight, norm="layer", backend=backend)
+            results.append(torch.autograd.grad((y * upstream).sum() + (r * upstream.sin()).sum(), (x, weight)))
+        for got, want in zip(*results, strict=True):
+            assert relative_error(got, want) < 1e-5
 
 
 LAYOUTS = {
@@ -123,6 +157,13 @@ class TestDtypes:
         outputs = add_norm(*inputs)
         grads = torch.autograd.grad(outputs, inputs, [torch.ones_like(t) for t in outputs])
         assert [g.dtype for g in grads] == [torch.float16, torch.float16, torch.float16, torch.float32]
+
+    @pytest.mark.parametrize("backend", ["auto", "reference"])
+    def test_dtype_of_the_norm_is_free(self, backend):
+        x, residual, weight, _ = AddNorm(2, 3, 8).inputs(torch.float32)
+        y, r = add_norm(x, residual, weight, out_dtype=torch.float16, backend=backend)
+        assert (y.dtype, r.dtype) == (torch.float16, torch.float32)
+        assert torch.equal(y, add_norm(x, residual, weight, backend=backend)[0].half())
 
     @pytest.mark.parametrize("backend", ["torch", "reference"])
     def test_autocast_does_not_reach_inside(self, backend):
@@ -206,6 +247,27 @@ def test_strides_on_a_gpu(layout):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_norm_alone_from_float32_on_a_gpu(out_dtype):
+    """As behind the scan of VMamba, from a map whose channels are adjacent and whose pixels are sliced."""
+    x = torch.randn(2, 50, 200, device="cuda")[:, 1:, :96].requires_grad_()
+    weight, bias = (
+        torch.randn(96, device="cuda", requires_grad=True),
+        torch.randn(96, device="cuda", requires_grad=True),
+    )
+    exact = [t.detach().cpu().double().requires_grad_() for t in (x, weight, bias)]
+    got, stream = add_norm(x, None, weight, bias, norm="layer", out_dtype=out_dtype, backend="triton")
+    want, _ = add_norm(exact[0], None, *exact[1:], norm="layer", backend="reference")
+    assert stream is x
+    assert got.dtype == out_dtype
+    upstream = torch.randn_like(got)
+    grads = torch.autograd.grad(got, (x, weight, bias), upstream)
+    exact_grads = torch.autograd.grad(want, exact, upstream.cpu().double())
+    assert relative_error(got, want) < 1e-2
+    assert all(relative_error(g, w) < 1e-5 for g, w in zip(grads, exact_grads, strict=True))
+
+
+@pytest.mark.gpu
 def test_one_kernel_serves_all_lengths():
     from mmvssm_kernels.add_norm.triton_bwd import add_norm_bwd_kernel
     from mmvssm_kernels.add_norm.triton_fwd import add_norm_fwd_kernel
@@ -245,6 +307,7 @@ BAD = {
     "scale": (torch.zeros(3), r"scale must have shape \(2\), but its shape is \(3,\)"),
     "gradient of scale": (torch.zeros(2, requires_grad=True), "scale must not require a gradient"),
     "residual_dtype": (torch.int32, "residual_dtype must be float16, .* or float64, but it is torch.int32"),
+    "out_dtype": (torch.int32, "out_dtype must be float16, .* or float64, but it is torch.int32"),
     "type of residual_dtype": ("float32", "residual_dtype must be a torch.dtype, but it is str"),
     "type of x": ([1.0], "x must be a tensor, but it is list"),
 }

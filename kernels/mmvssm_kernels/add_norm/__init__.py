@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..checks import FLOATS, check_positive, check_tensor, computing_dtype
-from .op import add_norm_op
+from .op import add_norm_op, is_norm_alone
 from .reference import add_norm_reference
 
 __all__ = ["add_norm"]
@@ -22,9 +22,10 @@ def add_norm(
     norm: str = "rms",
     scale: Tensor | None = None,
     residual_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Add to the residual stream and normalise over the last axis, the step before every mixer of Vim.
+    """Add to the residual stream and normalise over the last axis, the step before every mixer of Vim and VMamba.
 
     For every row, with ``scale`` of its sample::
 
@@ -44,15 +45,16 @@ def add_norm(
         norm: ``"rms"`` or ``"layer"``.
         scale: Factor of ``x`` for every sample (B): 0 or 1 / keep for drop path. Receives no gradient.
         residual_dtype: Dtype of the returned residual stream, float32 (float64 for float64 inputs) if None.
+        out_dtype: Dtype of the normalised rows, that of ``x`` if None.
         backend: ``auto``, ``triton``, ``torch`` or ``reference``. Triton kernels exist for D up to 8192; with ``auto``
             torch serves wider rows.
 
     Returns:
-        Normalised rows y in the dtype of ``x`` and the new residual stream r in ``residual_dtype``, both (B, ..., D)
-        and contiguous.
+        Normalised rows y in ``out_dtype`` and the new residual stream r in ``residual_dtype``, both (B, ..., D) and
+        contiguous. Where nothing is added, scaled or converted, r is ``x`` itself: the call is a norm alone.
 
     Raises:
-        TypeError: If an argument is no tensor, or ``residual_dtype`` no dtype.
+        TypeError: If an argument is no tensor, or ``residual_dtype`` or ``out_dtype`` no dtype.
         ValueError: If a shape, dtype, device, option or the backend is wrong; the sentence names the argument.
     """
     between = ["L"] * (x.dim() - 2) if isinstance(x, Tensor) else ["..."]
@@ -72,16 +74,24 @@ def add_norm(
         check_tensor("scale", scale, (x.shape[0],), x.device)
         if scale.requires_grad:
             raise ValueError("scale must not require a gradient, because the operator computes none for it")
-    residual_dtype = computing_dtype(x) if residual_dtype is None else residual_dtype
-    if not isinstance(residual_dtype, torch.dtype):
-        raise TypeError(f"residual_dtype must be a torch.dtype, but it is {type(residual_dtype).__name__}")
-    if residual_dtype not in FLOATS:
-        raise ValueError(f"residual_dtype must be float16, bfloat16, float32 or float64, but it is {residual_dtype}")
+    residual_dtype = _checked_dtype("residual_dtype", residual_dtype, computing_dtype(x))
+    out_dtype = _checked_dtype("out_dtype", out_dtype, x.dtype)
     backend = dispatch.requested_backend(backend)
     if backend == "reference":
         with dispatch.without_autocast(x.device):
             y, r = add_norm_reference(x, residual, weight, bias, eps, norm, scale)
-        return y.to(x.dtype), r.to(residual_dtype)
+        return y.to(out_dtype), r.to(residual_dtype)
     if x.numel() == 0:
-        return x.clone(), x.to(residual_dtype, copy=True)
-    return add_norm_op(x, residual, weight, bias, eps, norm, scale, residual_dtype, backend)
+        return x.to(out_dtype, copy=True), x.to(residual_dtype, copy=True)
+    y, r = add_norm_op(x, residual, weight, bias, eps, norm, scale, residual_dtype, out_dtype, backend)
+    return y, x if is_norm_alone(x, residual, scale, residual_dtype) else r
+
+
+def _checked_dtype(name: str, dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype:
+    if dtype is None:
+        return default
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype, but it is {type(dtype).__name__}")
+    if dtype not in FLOATS:
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, but it is {dtype}")
+    return dtype

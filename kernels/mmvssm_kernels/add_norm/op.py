@@ -11,6 +11,11 @@ from . import torch_norm
 MAX_KERNEL_CHANNELS = 8192
 
 
+def is_norm_alone(x: Tensor, residual: Tensor | None, scale: Tensor | None, residual_dtype: torch.dtype) -> bool:
+    """Whether the residual stream would be a copy of ``x``: then the operator leaves it out."""
+    return residual is None and scale is None and residual_dtype == x.dtype
+
+
 def _obstacle(weight: Tensor, *dtypes: torch.dtype | None) -> str | None:
     """Why the kernels cannot serve rows of this size and residual streams of these dtypes; None if they can."""
     if weight.shape[0] > MAX_KERNEL_CHANNELS:
@@ -28,10 +33,15 @@ def add_norm_op(
     norm: str,
     scale: Tensor | None,
     residual_dtype: torch.dtype,
+    out_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Normalised rows and residual stream (B, ..., D), contiguous; arguments are checked by the caller."""
-    arguments = (x, residual, weight, bias, eps, norm, scale, residual_dtype)
+    """Normalised rows and residual stream (B, ..., D), contiguous; the stream is empty where it would be ``x`` itself.
+
+    Arguments are checked by the caller.
+    """
+    keep = None if is_norm_alone(x, residual, scale, residual_dtype) else residual_dtype
+    arguments = (x, residual, weight, bias, eps, norm, scale, keep, out_dtype)
 
     def triton_call():
         from .triton_fwd import add_norm_forward
@@ -41,13 +51,14 @@ def add_norm_op(
     def torch_call():
         return torch_norm.add_norm_forward(*arguments)
 
-    obstacle = _obstacle(weight, residual_dtype, None if residual is None else residual.dtype)
+    obstacle = _obstacle(weight, residual_dtype, out_dtype, None if residual is None else residual.dtype)
     return dispatch.run("add_norm", backend, x, triton_call, torch_call, obstacle=obstacle, max_batch=None)
 
 
 @add_norm_op.register_fake
-def _(x, residual, weight, bias, eps, norm, scale, residual_dtype, backend):
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=residual_dtype)
+def _(x, residual, weight, bias, eps, norm, scale, residual_dtype, out_dtype, backend):
+    alone = is_norm_alone(x, residual, scale, residual_dtype)
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(0 if alone else x.shape, dtype=residual_dtype)
 
 
 @torch.library.custom_op("mmvssm::add_norm_backward", mutates_args=())
@@ -90,15 +101,18 @@ def _(dy, dr, r, weight, bias, eps, norm, scale, x_dtype, in_dtype, backend):
 
 
 def _setup_context(ctx, inputs, output):
-    x, residual, weight, bias, ctx.eps, ctx.norm, scale, _, ctx.backend = inputs
+    x, residual, weight, bias, ctx.eps, ctx.norm, scale, residual_dtype, _, ctx.backend = inputs
     ctx.x_dtype = x.dtype
     ctx.in_dtype = None if residual is None else residual.dtype
-    ctx.save_for_backward(output[1], weight, bias, scale)
+    r = x if is_norm_alone(x, residual, scale, residual_dtype) else output[1]
+    ctx.save_for_backward(r, weight, bias, scale)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, dr):
     r, weight, bias, scale = ctx.saved_tensors
+    if dr is not None and dr.numel() < r.numel():  # of the empty stream
+        dr = None
     # Without a scale the gradients of x and residual are equal: one of them is enough when their dtypes are, too.
     same = ctx.in_dtype == ctx.x_dtype and scale is None
     in_dtype = None if same else ctx.in_dtype
@@ -109,7 +123,7 @@ def _backward(ctx, dy, dr):
         dresidual = None
     elif same:
         dresidual = dx
-    return dx, dresidual, dweight, None if bias is None else dbias, None, None, None, None, None
+    return dx, dresidual, dweight, None if bias is None else dbias, None, None, None, None, None, None
 
 
 add_norm_op.register_autograd(_backward, setup_context=_setup_context)

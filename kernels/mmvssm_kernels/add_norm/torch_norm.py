@@ -18,8 +18,8 @@ def _normalised(r: Tensor, eps: float, norm: str) -> tuple[Tensor, Tensor]:
     return centred * factor, factor
 
 
-def add_norm_forward(x, residual, weight, bias, eps, norm, scale, residual_dtype) -> tuple[Tensor, Tensor]:
-    """Normalised rows in the dtype of ``x`` and residual stream in ``residual_dtype``; arguments as the public ones."""
+def add_norm_forward(x, residual, weight, bias, eps, norm, scale, residual_dtype, out_dtype) -> tuple[Tensor, Tensor]:
+    """Normalised rows and residual stream (empty if ``residual_dtype`` is None); arguments as the public ones."""
     dtype = computing_dtype(x)
     r = x.to(dtype)
     if scale is not None:
@@ -29,7 +29,8 @@ def add_norm_forward(x, residual, weight, bias, eps, norm, scale, residual_dtype
     y = _normalised(r, eps, norm)[0].mul_(weight.to(dtype))
     if bias is not None:
         y.add_(bias.to(dtype))
-    return x.new_empty(x.shape).copy_(y), x.new_empty(x.shape, dtype=residual_dtype).copy_(r)
+    stream = x.new_empty(0) if residual_dtype is None else x.new_empty(x.shape, dtype=residual_dtype).copy_(r)
+    return x.new_empty(x.shape, dtype=out_dtype).copy_(y), stream
 
 
 def add_norm_backward(
@@ -40,7 +41,7 @@ def add_norm_backward(
     Args:
         dy: Gradient of the normalised rows, or None.
         dr: Gradient of the returned residual stream, or None.
-        r: Residual stream that the forward pass returned.
+        r: Residual stream of the forward pass, any strides.
         weight: As in the forward pass, and so are bias, eps, norm and scale.
         x_dtype: Dtype of x.
         in_dtype: Dtype of the gradient of residual, None if it is not wanted.

@@ -31,6 +31,7 @@ def add_norm_bwd_kernel(
     rows_per_sample,
     n_tiles,
     channels,
+    stride_r,
     stride_dy,
     stride_dr,
     eps,
@@ -47,7 +48,7 @@ def add_norm_bwd_kernel(
     for i in range(tl.cdiv(n_tiles - i_program, n_programs)):
         o_row, o_channel, m_tile = locate(i_program + i * n_programs, n_rows, channels, ROWS, BLOCK_D)
         o_tile = o_row * channels + o_channel
-        r = tl.load(p_r + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        r = load_tile(p_r, o_row, o_channel, stride_r, m_tile)
         dy = load_tile(p_dy, o_row, o_channel, stride_dy, m_tile)
         gradient = tl.zeros((ROWS, BLOCK_D), tl.float32)
         if p_dr is not None:
@@ -81,7 +82,7 @@ def add_norm_backward(
     dx = r.new_empty(r.shape, dtype=x_dtype)
     dresidual = None if in_dtype is None else r.new_empty(r.shape, dtype=in_dtype)
     dy = r.new_zeros(r.shape) if dy is None else dy
-    dy, dr = rows_of(dy), None if dr is None else rows_of(dr)
+    rows, dy, dr = rows_of(r), rows_of(dy), None if dr is None else rows_of(dr)
     n_rows = dy.shape[0]
     blocks = block_sizes(channels)
     n_tiles = triton.cdiv(n_rows, blocks["ROWS"])
@@ -89,9 +90,12 @@ def add_norm_backward(
     dweight = r.new_empty(n_programs, channels, dtype=torch.float32)
     dbias = None if bias is None else torch.empty_like(dweight)
     vectors = (None if t is None else t.contiguous() for t in (weight, scale))
-    sizes = (n_rows, n_rows // batch, n_tiles, channels, dy.stride(0), 0 if dr is None else dr.stride(0))
+    sizes = (n_rows, n_rows // batch, n_tiles, channels)
+    strides = (rows.stride(0), dy.stride(0), 0 if dr is None else dr.stride(0))
     gradients = (dx, dresidual, dweight, dbias)
-    add_norm_bwd_kernel[(n_programs,)](dy, dr, r, *vectors, *gradients, *sizes, eps, CENTRE=norm == "layer", **blocks)
+    add_norm_bwd_kernel[(n_programs,)](
+        dy, dr, rows, *vectors, *gradients, *sizes, *strides, eps, CENTRE=norm == "layer", **blocks
+    )
     return (
         dx,
         r.new_empty(0) if dresidual is None else dresidual,

@@ -73,7 +73,7 @@ def add_norm_fwd_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Normalised rows and residual stream (M, D)."""
+    """Normalised rows and, if wanted, residual stream (M, D)."""
     o_row, o_channel, m_tile = locate(tl.program_id(0), n_rows, channels, ROWS, BLOCK_D)
     r = load_tile(p_x, o_row, o_channel, stride_x, m_tile)
     if p_scale is not None:
@@ -81,16 +81,18 @@ def add_norm_fwd_kernel(
     if p_residual is not None:
         r += load_tile(p_residual, o_row, o_channel, stride_residual, m_tile)
     o_out = o_row * channels + o_channel
-    tl.store(p_r + o_out, r.to(p_r.dtype.element_ty), mask=m_tile)
+    if p_r is not None:
+        tl.store(p_r + o_out, r.to(p_r.dtype.element_ty), mask=m_tile)
     y = normalise(r, m_tile, channels, eps, CENTRE)[0] * load_vector(p_weight, o_channel, channels)
     if p_bias is not None:
         y += load_vector(p_bias, o_channel, channels)
     tl.store(p_y + o_out, y.to(p_y.dtype.element_ty), mask=m_tile)
 
 
-def add_norm_forward(x, residual, weight, bias, eps, norm, scale, residual_dtype) -> tuple[Tensor, Tensor]:
-    """Normalised rows in the dtype of ``x`` and residual stream in ``residual_dtype``; arguments as the public ones."""
-    y, r = x.new_empty(x.shape), x.new_empty(x.shape, dtype=residual_dtype)
+def add_norm_forward(x, residual, weight, bias, eps, norm, scale, residual_dtype, out_dtype) -> tuple[Tensor, Tensor]:
+    """Normalised rows and residual stream (empty if ``residual_dtype`` is None); arguments as the public ones."""
+    y = x.new_empty(x.shape, dtype=out_dtype)
+    r = None if residual_dtype is None else x.new_empty(x.shape, dtype=residual_dtype)
     channels, batch = x.shape[-1], x.shape[0]
     rows, residual = rows_of(x), None if residual is None else rows_of(residual)
     vectors = (None if t is None else t.contiguous() for t in (weight, bias, scale))
@@ -99,4 +101,4 @@ def add_norm_forward(x, residual, weight, bias, eps, norm, scale, residual_dtype
     blocks = block_sizes(channels)
     grid = (triton.cdiv(rows.shape[0], blocks["ROWS"]),)
     add_norm_fwd_kernel[grid](rows, residual, *vectors, y, r, *sizes, *strides, eps, CENTRE=norm == "layer", **blocks)
-    return y, r
+    return y, x.new_empty(0) if r is None else r

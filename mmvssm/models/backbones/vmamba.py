@@ -10,6 +10,7 @@ from torch import nn
 from mmvssm.registry import MODELS
 
 from ..layers import (
+    AddLayerNorm,
     ConvDownsample,
     ConvPatchEmbed,
     DropPath,
@@ -62,20 +63,34 @@ class VSSBlock(BaseModule):
         init_cfg: dict | None = None,
     ):
         super().__init__(init_cfg)
-        self.norm1 = nn.LayerNorm(embed_dims)
+        self.norm1 = AddLayerNorm(embed_dims)
         self.mixer = SS2D(embed_dims, **(mixer or {}))
         self.drop_path = DropPath(drop_path)
         self.has_mlp = mlp_ratio > 0
         if self.has_mlp:
-            self.norm2 = nn.LayerNorm(embed_dims)
+            self.norm2 = AddLayerNorm(embed_dims)
             self.mlp = Mlp(embed_dims, int(mlp_ratio * embed_dims), mlp_act)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x (B, H, W, C) to (B, H, W, C)."""
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, scale: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Run the block. Every branch is added by the norm that follows it, in one pass over memory.
+
+        Args:
+            x: Output of the last branch of the block before (B, H, W, C); the stage's input in its first block.
+            residual: Residual stream (B, H, W, C), to which ``x`` is still to be added; None in the first block.
+            scale: Factor of ``x`` per sample (B), or None: stochastic depth.
+
+        Returns:
+            The same of this block.
+        """
+        dtype = x.dtype if residual is None else residual.dtype
+        x, residual = self.norm1(x, residual, scale, dtype)
+        x = self.mixer(x)
         if self.has_mlp:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
+            x, residual = self.norm2(x, residual, self.drop_path.sample_scale(x), dtype)
+            x = self.mlp(x)
+        return x, residual, self.drop_path.sample_scale(x)
 
 
 class VMambaStage(BaseModule):
@@ -104,9 +119,12 @@ class VMambaStage(BaseModule):
         """Map (B, H, W, C) of the stage before to (B, H', W', C') of this one."""
         if self.downsample is not None:
             x = self.downsample(x)
+        residual = scale = None
         for block in self.blocks:
-            x = run_block(block, x, with_cp=self.with_cp)
-        return x
+            x, residual, scale = run_block(block, x, residual, scale, with_cp=self.with_cp)
+        if scale is not None:
+            x = x * scale.to(x.dtype)[:, None, None, None]
+        return x if residual is None else residual + x
 
 
 @MODELS.register_module()

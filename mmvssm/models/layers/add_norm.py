@@ -27,6 +27,7 @@ class AddRMSNorm(nn.RMSNorm):
         residual: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
         residual_dtype: torch.dtype | None = None,
+        out_dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add and normalise.
 
@@ -35,12 +36,13 @@ class AddRMSNorm(nn.RMSNorm):
             residual: Residual stream of the same shape, or None where it begins.
             scale: Factor of ``x`` per sample (B), or None: stochastic depth.
             residual_dtype: Dtype of the returned stream; None for float32.
+            out_dtype: Dtype of the normalised stream; None for that of ``x``.
 
         Returns:
-            The normalised stream in the dtype of ``x``, and the stream.
+            The normalised stream, and the stream, which is ``x`` itself where nothing is added, scaled or converted.
         """
         bias = getattr(self, "bias", None)
-        return add_norm(x, residual, self.weight, bias, self.eps, self.kind, scale, residual_dtype)
+        return add_norm(x, residual, self.weight, bias, self.eps, self.kind, scale, residual_dtype, out_dtype)
 
 
 class AddLayerNorm(nn.LayerNorm):

@@ -5,11 +5,10 @@ import math
 import torch
 from mmengine.model import BaseModule
 from torch import nn
-from torch.nn import functional as F
 
 from mmvssm_kernels import selective_scan_2d
 
-from ..layers import autocast_enabled, build_activation, conv_channel_last
+from ..layers import AddLayerNorm, autocast_enabled, build_activation, conv_channel_last
 from .ssm_init import init_A_log_, init_D_, init_dt_proj_, init_x_proj_
 
 DIRECTIONS = 4  # row-major, column-major, and both reversed
@@ -82,7 +81,7 @@ class SS2D(BaseModule):
         self.dt_proj_bias = nn.Parameter(torch.empty(K, D))
         self.A_log = nn.Parameter(torch.empty(K * D, N))
         self.D = nn.Parameter(torch.empty(K * D))
-        self.out_norm = nn.LayerNorm(D)
+        self.out_norm = AddLayerNorm(D)
         self.out_act = build_activation(out_act, "out_act")
         self.gate_act = build_activation(gate_act, "gate_act") if gated else None
         self.out_proj = nn.Linear(D, embed_dims, bias=False)
@@ -119,11 +118,8 @@ class SS2D(BaseModule):
             x = conv_channel_last(self.conv, x)
         x = self.act(x)
         y = self._scan(x)  # (B, H, W, D), float32
-        # The norm stays in the scan's precision even when the weights are half.
-        weight, bias = self.out_norm.weight.to(y.dtype), self.out_norm.bias.to(y.dtype)
-        y = F.layer_norm(y, self.out_norm.normalized_shape, weight, bias, self.out_norm.eps)
-        if not self.fp32_core:
-            y = y.to(x.dtype)
+        # The norm reads the sum in float32 and writes what comes next in the precision of that.
+        y, _ = self.out_norm(y, residual_dtype=y.dtype, out_dtype=y.dtype if self.fp32_core else x.dtype)
         y = self.out_act(y)
         if self.gated:
             y = y * self.gate_act(z)
