@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,7 +68,8 @@ def miniatures(tmp_path_factory):
     return {
         "CONFIG": folder / "config.py",
         "FOLDER": photos,
-        "FILE": folder / "boxes.json",
+        "FILE": photos / "0.png",
+        "FILE of export_features": folder / "boxes.json",
         "SOURCE": folder / "official.pth",
     }
 
@@ -112,10 +114,12 @@ def execute(words, miniatures, monkeypatch):
         return execute(words[1:], miniatures, monkeypatch)
     assert words[0] in ("python", "python3"), f"{words[0]} is not executed here: mark the block with what it needs"
     assert words[1].startswith("tools/"), f"{words[1]} is not executed here: mark the block with what it needs"
-    words = [str(miniatures.get(word, word)) for word in words]
-    if "CHECKPOINT" in words:
-        model = next(word for word in words[2:] if not word.startswith("-"))
-        words = [str(checkpoint_of(model, miniatures["CONFIG"].parent)) if w == "CHECKPOINT" else w for w in words]
+    tool = Path(words[1]).stem
+    words = [str(miniatures.get(f"{word} of {tool}", miniatures.get(word, word))) for word in words]
+    for i, word in enumerate(words):
+        prefix, name, _ = word.rpartition("CHECKPOINT")
+        if name and (not prefix or prefix.endswith("=")):  # CHECKPOINT of the first argument, or MODEL=CHECKPOINT
+            words[i] = prefix + str(checkpoint_of(prefix.rstrip("=") or words[2], miniatures["CONFIG"].parent))
     for table in _instance_tables():
         table.clear()  # MMEngine would hand one run's visualizer and logger to the next
     monkeypatch.setattr(sys, "argv", words[1:])
