@@ -20,9 +20,9 @@ def check_tensor(name: str, tensor, shape: tuple, device: torch.device | None = 
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, but it is {type(tensor).__name__}")
-    expected = ", ".join(str(s) for s in shape)
     given = tuple(tensor.shape)
     if len(given) != len(shape) or any(isinstance(s, int) and s != g for s, g in zip(shape, given, strict=True)):
+        expected = ", ".join(str(s) for s in shape)  # only here: torch.compile cannot trace it for sizes that vary
         raise ValueError(f"{name} must have shape ({expected}), but its shape is {given}")
     if tensor.dtype not in FLOATS:
         raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, but it is {tensor.dtype}")

@@ -23,6 +23,7 @@ PARTS = (
     "pyproject.toml",
     "MANIFEST.in",
     "model-index.yml",
+    "mkdocs.yml",
 )
 PARTS += ("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md")
 CONFIG = "vmamba/vmamba-tiny-s1l8_8xb128_in1k.py"
