@@ -24,7 +24,7 @@ from tests.tools.conftest import keep_metafiles, load_tool
 
 # What at least one command of a block looks like that carries a mark.
 LOOKS_LIKE = {
-    "data": r"tools/(train|test)\.py|MMVSSM_DATA|work_dirs/|SOURCE|FILE|FOLDER",
+    "data": r"tools/(train|test)\.py|MMVSSM_DATA|work_dirs/|SOURCE|FILE|FOLDER|--dataset|--data-root",
     "gpu": r"--amp|dist_|slurm_|benchmark",
     "network": r"^git clone|https?://|^pip|^mim",
     "install": r"^pip|^pre-commit|-m venv|quickstart\.py|\bmim install",
