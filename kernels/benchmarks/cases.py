@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-from mmvssm_kernels import causal_conv1d, locality_gate, selective_scan, selective_scan_2d, swiglu
 from mmvssm_kernels.testing import (
     AddNorm,
     BiasActivation,
@@ -13,23 +12,8 @@ from mmvssm_kernels.testing import (
     Scan,
     Scan2d,
     SwiGlu,
-    add_norm_with_drop,
-    bias_activation_of_list,
-    bidirectional_gla_of_list,
-    bidirectional_scan_of_list,
 )
 
-OPERATORS = {
-    Scan: selective_scan,
-    Scan2d: selective_scan_2d,
-    Conv1d: causal_conv1d,
-    AddNorm: add_norm_with_drop,
-    Gate: locality_gate,
-    SwiGlu: swiglu,
-    BiasActivation: bias_activation_of_list,
-    BidirectionalGla: bidirectional_gla_of_list,
-    BidirectionalScan: bidirectional_scan_of_list,
-}
 CASES: dict[str, NamedTuple] = {
     "ss2d 224 b128 stage 1": Scan2d(128, 96, 56, 56, 6, 1),
     "ss2d 224 b128 stage 2": Scan2d(128, 192, 28, 28, 12, 1),

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from cases import CASES, OPERATORS, SERIES
+from cases import CASES, SERIES
 from floors import floors
 from peers import peer
 from timing import Call, median_ms, profile_kernels
 
-from mmvssm_kernels.testing import check_operator, relative_error
+from mmvssm_kernels.testing import OPERATORS, check_operator, relative_error
 
 # A peer may round where we do not; what differs by more computes something else.
 PEER_TOLERANCE = 3e-2

@@ -9,7 +9,18 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from . import ScanParameters, add_norm, bias_activation, bidirectional_gla, bidirectional_selective_scan
+from . import (
+    ScanParameters,
+    add_norm,
+    bias_activation,
+    bidirectional_gla,
+    bidirectional_selective_scan,
+    causal_conv1d,
+    locality_gate,
+    selective_scan,
+    selective_scan_2d,
+    swiglu,
+)
 
 # Relative Frobenius error against the float64 recurrence on the same (already rounded) inputs: outputs, gradients.
 TOLERANCES = {
@@ -322,6 +333,20 @@ class Gate(NamedTuple):
     def options(self) -> dict:
         """Keyword arguments of the function."""
         return {"silu": self.silu}
+
+
+# Kind of case -> function of its inputs and options.
+OPERATORS: dict[type, Callable] = {
+    Scan: selective_scan,
+    Scan2d: selective_scan_2d,
+    BidirectionalScan: bidirectional_scan_of_list,
+    BidirectionalGla: bidirectional_gla_of_list,
+    Conv1d: causal_conv1d,
+    AddNorm: add_norm_with_drop,
+    SwiGlu: swiglu,
+    Gate: locality_gate,
+    BiasActivation: bias_activation_of_list,
+}
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -1,6 +1,5 @@
 """Grids of operator cases shared by the CPU, interpreter and GPU tests."""
 
-from mmvssm_kernels import causal_conv1d, locality_gate, selective_scan, selective_scan_2d, swiglu
 from mmvssm_kernels.testing import (
     AddNorm,
     BiasActivation,
@@ -11,23 +10,7 @@ from mmvssm_kernels.testing import (
     Scan,
     Scan2d,
     SwiGlu,
-    add_norm_with_drop,
-    bias_activation_of_list,
-    bidirectional_gla_of_list,
-    bidirectional_scan_of_list,
 )
-
-OPERATORS = {
-    Scan: selective_scan,
-    Scan2d: selective_scan_2d,
-    BidirectionalScan: bidirectional_scan_of_list,
-    BidirectionalGla: bidirectional_gla_of_list,
-    Conv1d: causal_conv1d,
-    AddNorm: add_norm_with_drop,
-    SwiGlu: swiglu,
-    Gate: locality_gate,
-    BiasActivation: bias_activation_of_list,
-}
 
 # Short enough for the recurrence itself to be the yardstick.
 SHORT = [

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from mmvssm_kernels.testing import BidirectionalGla, Conv1d, Scan, Scan2d
+from mmvssm_kernels.testing import OPERATORS, BidirectionalGla, Conv1d, Scan, Scan2d
 
 from ..helpers import ROOT
 
@@ -45,7 +45,7 @@ def test_every_case_has_a_floor_and_an_operator(benchmark):
     cases = benchmark["cases"]
     everything = [*cases.CASES.values(), *(case for lengths in cases.SERIES.values() for case in lengths.values())]
     for case in everything:
-        assert type(case) in cases.OPERATORS
+        assert type(case) in OPERATORS
         assert all(0 < least < 10 for least in benchmark["floors"].floors(case, 2))
 
 

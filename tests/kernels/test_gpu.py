@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mmvssm_kernels.testing import TOLERANCES, Scan2d, check_operator, poisoned_memory, relative_error
+from mmvssm_kernels.testing import OPERATORS, TOLERANCES, Scan2d, check_operator, poisoned_memory, relative_error
 
-from .cases import LARGE, OPERATORS, SHORT, WITH_OUT_DTYPE, case_id
+from .cases import LARGE, SHORT, WITH_OUT_DTYPE, case_id
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -8,9 +8,9 @@ import torch
 
 import mmvssm_kernels
 from mmvssm_kernels import selective_scan, selective_scan_2d, use_backend
-from mmvssm_kernels.testing import Scan, Scan2d, check_operator, relative_error
+from mmvssm_kernels.testing import OPERATORS, Scan, Scan2d, check_operator, relative_error
 
-from .cases import OPERATORS, SHORT, WITH_OUT_DTYPE, case_id
+from .cases import SHORT, WITH_OUT_DTYPE, case_id
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

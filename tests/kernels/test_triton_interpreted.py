@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from mmvssm_kernels.dispatch import interpreting, triton_importable
-from mmvssm_kernels.testing import BidirectionalGla, check_operator, poisoned_memory
+from mmvssm_kernels.testing import OPERATORS, BidirectionalGla, check_operator, poisoned_memory
 
-from .cases import INTERPRETED, OPERATORS, case_id
+from .cases import INTERPRETED, case_id
 
 pytestmark = pytest.mark.skipif(not triton_importable(), reason="Triton has no wheels for this platform")
 
