@@ -146,11 +146,12 @@ def has_gpu() -> bool:
 
 
 def test(environment: Environment, arguments: list[str]) -> int:
-    """Lint and tests; runs all of them and returns 1 if one failed."""
+    """Lint, types and tests; runs all of them and returns 1 if one failed."""
     ruff = str(environment.bin / "ruff")
     steps = {
         "lint": [ruff, "check", "."],
         "format": [ruff, "format", "--check", "."],
+        "types": [environment.python, "-m", "mypy"],
         "tests": [environment.python, "-m", "pytest", "-n", str(min(os.cpu_count() or 1, MAX_WORKERS)), *arguments],
     }
     results = {}

@@ -5,7 +5,7 @@ import torch
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensor(name: str, tensor, shape: tuple, device: torch.device | None = None) -> None:
+def check_tensor(name: str, tensor: object, shape: tuple, device: torch.device | None = None) -> None:
     """Raise unless ``tensor`` is a floating tensor of ``shape``.
 
     Args:

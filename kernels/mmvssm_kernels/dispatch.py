@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -106,7 +107,7 @@ def run(
     torch_call: Callable,
     obstacle: str | None = None,
     max_batch: int | None = _MAX_BATCH,
-):
+) -> Any:
     """Call the implementation of ``operator`` that ``backend`` and the device of ``tensor``, its first input, select.
 
     With ``auto``, torch serves what the kernels cannot, float64 for one, and takes over, with one notice, from a kernel
@@ -124,7 +125,9 @@ def run(
         return _run(operator, backend, device, automatic, triton_call, torch_call)
 
 
-def _run(operator, backend, device, automatic, triton_call, torch_call):
+def _run(
+    operator: str, backend: str, device: torch.device, automatic: bool, triton_call: Callable, torch_call: Callable
+) -> Any:
     if backend != "triton" and not automatic:
         return torch_call()
     try:

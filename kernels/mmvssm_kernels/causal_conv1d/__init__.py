@@ -14,7 +14,7 @@ ACTIVATIONS = (None, "silu")
 PADDINGS = ("causal", "same")
 
 
-def _check_choice(name: str, value, choices: tuple) -> None:
+def _check_choice(name: str, value: object, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but it is {value!r}")
 
