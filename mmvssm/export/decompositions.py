@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmvssm_kernels.add_norm.op import is_norm_alone
 from mmvssm_kernels.add_norm.reference import add_norm_reference
 from mmvssm_kernels.bias_activation.reference import bias_activation_reference
 from mmvssm_kernels.bidirectional_selective_scan import ScanParameters
@@ -106,7 +107,8 @@ def causal_conv1d(x, weight, bias, activation, reverse, padding, out_dtype, back
 
 def add_norm(x, residual, weight, bias, eps, norm, scale, residual_dtype, out_dtype, backend):
     y, stream = add_norm_reference(x, residual, weight, bias, eps, norm, scale)
-    return y.to(out_dtype), stream.to(residual_dtype)
+    alone = is_norm_alone(x, residual, scale, residual_dtype)
+    return y.to(out_dtype), x.new_empty(0) if alone else stream.to(residual_dtype)
 
 
 def swiglu(x, backend):

@@ -26,7 +26,8 @@ def batches(args: argparse.Namespace, size: tuple[int, int]) -> Iterator:
     """Normalised images, in batches: those of the user, else noise."""
     import torch
 
-    from mmvssm.apis.feature_images import Preprocessing, find_images
+    from mmvssm.apis.feature_images import Preprocessing
+    from mmvssm.apis.feature_sources import find_images
 
     if args.images is None:
         noise = torch.Generator().manual_seed(0)
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     if any(not 0 < threshold < 1 for threshold in args.thresholds):
         raise cli.UserError(f"--thresholds are shares between 0 and 1, got {args.thresholds}")
     if args.images is not None:
-        from mmvssm.apis.feature_images import find_images
+        from mmvssm.apis.feature_sources import find_images
 
         args.count = len(find_images(args.images)[: args.count])
     if args.device is None:
