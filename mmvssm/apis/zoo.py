@@ -8,6 +8,7 @@ import os
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -63,7 +64,9 @@ def get_model(
         **backbone_overrides: Replace or add arguments of the backbone, e.g. `drop_path_rate=0.`.
 
     Returns:
-        The model, in eval mode.
+        The model, in eval mode. mmpretrain's `inference_model` takes it as it is, mmdet's `inference_detector` and
+        mmseg's `inference_model` where the default scope is that of the library
+        (`mmengine.registry.init_default_scope('mmdet')`).
 
     Raises:
         ValueError: Unknown name (near ones are listed), no published weights, or the checkpoint does not fit.
@@ -71,8 +74,9 @@ def get_model(
     """
     checkpoint = resolve_checkpoint(name, checkpoint)
     config = _model_config(name, backbone_overrides)
-    model = _build(config, config.model)
-    return _finish(model, checkpoint, device)
+    model = _finish(_build(config, config.model), checkpoint, device)
+    _prepare_inference(model, config)
+    return model
 
 
 def get_backbone(
@@ -257,6 +261,17 @@ def _build(config: Config, part: dict) -> nn.Module:
         ) from error
     with DefaultScope.overwrite_default_scope(scope):
         return registry.build(part)
+
+
+def _prepare_inference(model: nn.Module, config: Config) -> None:
+    """Leave with the model what the inference functions of its library look for, as the library's own loaders do."""
+    scope = config.default_scope
+    with contextlib.suppress(KeyError, AttributeError, ImportError):  # a config without data, or data of other packages
+        dataset = import_module(f"{scope}.registry").DATASETS.get(config.test_dataloader.dataset.type)
+        model.dataset_meta = model._dataset_meta = dataset.METAINFO  # mmpretrain has its own name for it
+    model.cfg = model._config = config
+    if scope == "mmpretrain":  # which asks for the tasks of the published results
+        model._metainfo = SimpleNamespace(results=[SimpleNamespace(task="Image Classification")])
 
 
 def _init_weights(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from PIL import Image
 
 import mmvssm
@@ -234,6 +235,38 @@ class TestMMSegmentation:
         result = inferencer(IMAGE, return_vis=True)
         assert result["predictions"].shape == (48, 64)
         assert result["visualization"].shape == IMAGE.shape
+
+
+class TestModelsOfOurFunctions:
+    """What `mmvssm.get_model` returns goes into the libraries' inference functions."""
+
+    @pytest.fixture
+    def model_of(self, zoo_of_small_ones):
+        return lambda library: mmvssm.get_model(NAMES[library], checkpoint="official")
+
+    def test_mmpretrain(self, model_of):
+        from mmpretrain import inference_model
+
+        result = inference_model(model_of("mmpretrain"), IMAGE)
+        assert result["pred_class"] == inference_model(NAMES["mmpretrain"], IMAGE, pretrained=True)["pred_class"]
+
+    def test_mmdet(self, model_of):
+        from mmdet.apis import inference_detector
+
+        init_default_scope("mmdet")
+        model = model_of("mmdet")
+        assert model.dataset_meta["classes"][0] == "person"
+        assert inference_detector(model, IMAGE).pred_instances.masks.shape[1:] == (48, 64)
+
+    def test_mmseg(self, model_of, published):
+        from mmseg.apis import inference_model, init_model
+
+        config, _, file = published["mmseg"]
+        init_default_scope("mmseg")
+        ours, theirs = model_of("mmseg"), init_model(str(config), str(file), device="cpu")
+        assert len(ours.dataset_meta["classes"]) == 150
+        labels = [inference_model(model, IMAGE).pred_sem_seg.data for model in (ours, theirs)]
+        assert torch.equal(*labels)
 
 
 class TestMMEngine:
