@@ -91,12 +91,12 @@ def test_cpu_build_is_not_looked_for_where_there_is_a_wheel_or_a_gpu(quickstart,
     assert environment._cpu_index("pip") == []
 
 
-@pytest.mark.parametrize(("failing", "status"), [((), 0), (("format",), 1), (("pytest",), 1)])
+@pytest.mark.parametrize(("failing", "status"), [((), 0), (("format",), 1), (("mypy",), 1), (("pytest",), 1)])
 def test_every_check_runs_and_one_failure_counts(quickstart, environment, monkeypatch, failing, status):
     seen = commands(quickstart, monkeypatch, *failing)
     monkeypatch.setattr(quickstart.os, "cpu_count", lambda: 2)
     assert quickstart.test(environment, ["-x"]) == status
-    assert len(seen) == 3
+    assert len(seen) == 4
     assert seen[-1][0].endswith("-m pytest -n 2 -x")
 
 
