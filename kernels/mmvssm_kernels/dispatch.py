@@ -21,6 +21,8 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 _contexts: list[str] = []
 # Operators whose kernels could not be compiled in this process; served by torch from then on.
 _broken: set[str] = set()
+# What is in the way of float64 inputs, results and gradients.
+FLOAT32_ONLY = "the kernels compute in float32, not float64"
 # The batch is the third axis of the launch grid.
 _MAX_BATCH = 65535
 
@@ -87,7 +89,7 @@ def _obstacle(tensor: torch.Tensor, max_batch: int | None = _MAX_BATCH) -> str |
     if "triton" not in available_backends(tensor.device):
         return f"Triton cannot serve tensors on {tensor.device}"
     if tensor.dtype == torch.float64:
-        return "the kernels compute in float32, not float64"
+        return FLOAT32_ONLY
     if max_batch is not None and tensor.shape[0] > max_batch:
         return f"the kernels take batches of at most {max_batch}, not {tensor.shape[0]}"
     return None

@@ -20,7 +20,7 @@ def _obstacle(weight: Tensor, *dtypes: torch.dtype | None) -> str | None:
     """Why the kernels cannot serve rows of this size and residual streams of these dtypes; None if they can."""
     if weight.shape[0] > MAX_KERNEL_CHANNELS:
         return f"the kernels take rows of at most {MAX_KERNEL_CHANNELS} channels, not {weight.shape[0]}"
-    return "the kernels compute in float32, not float64" if torch.float64 in dtypes else None
+    return dispatch.FLOAT32_ONLY if torch.float64 in dtypes else None
 
 
 @torch.library.custom_op("mmvssm::add_norm", mutates_args=())

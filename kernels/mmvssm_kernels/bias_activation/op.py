@@ -25,7 +25,7 @@ def bias_activation_op(
         return x.new_empty(x.shape).copy_(bias_activation_reference(*arguments))
 
     wide = residual is not None and residual.dtype == torch.float64
-    obstacle = "the kernels compute in float32, not float64" if wide else None
+    obstacle = dispatch.FLOAT32_ONLY if wide else None
     return dispatch.run("bias_activation", backend, x, triton_call, torch_call, obstacle=obstacle, max_batch=None)
 
 

@@ -37,7 +37,7 @@ def kept_tensors(xz: Tensor, parameters: list[Tensor], keep_states: bool) -> tup
 def _obstacle(parameters: list[Tensor], dtype: torch.dtype) -> str | None:
     """Why the kernels cannot serve these parameters and a result, or its gradient, of this dtype; None if they can."""
     if dtype == torch.float64:
-        return "the kernels compute in float32, not float64"
+        return dispatch.FLOAT32_ONLY
     width = parameters[0].shape[1]
     return None if width <= TILE else f"the kernels take at most {TILE} taps, not {width}"
 

@@ -15,7 +15,7 @@ MAX_KERNEL_WIDTH = 4
 def _obstacle(weight: Tensor, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot serve this weight and a result, or its gradient, of this dtype; None if they can."""
     if dtype == torch.float64:
-        return "the kernels compute in float32, not float64"
+        return dispatch.FLOAT32_ONLY
     width = weight.shape[1]
     return None if width <= MAX_KERNEL_WIDTH else f"the kernels take at most {MAX_KERNEL_WIDTH} taps, not {width}"
 

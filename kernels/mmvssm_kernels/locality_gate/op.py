@@ -15,7 +15,7 @@ def _obstacle(*tensors: Tensor) -> str | None:
     """Why the kernels cannot serve these tensors; None if they can."""
     if tensors[0].shape[-1] > MAX_KERNEL_VALUES:
         return f"the kernels take heads of at most {MAX_KERNEL_VALUES} channels, not {tensors[0].shape[-1]}"
-    return "the kernels compute in float32, not float64" if torch.float64 in {t.dtype for t in tensors} else None
+    return dispatch.FLOAT32_ONLY if torch.float64 in {t.dtype for t in tensors} else None
 
 
 @torch.library.custom_op("mmvssm::locality_gate", mutates_args=())

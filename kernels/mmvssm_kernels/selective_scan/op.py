@@ -95,7 +95,7 @@ def selective_scan_op(
         y, last = _torch_forward(*arguments)
         return channel_last_empty(u, out_dtype).copy_(y), last
 
-    obstacle = "the kernels compute in float32, not float64" if out_dtype == torch.float64 else None
+    obstacle = dispatch.FLOAT32_ONLY if out_dtype == torch.float64 else None
     return dispatch.run("selective_scan", backend, u, triton_call, torch_call, obstacle=obstacle)
 
 
