@@ -15,6 +15,7 @@ from ..layers import (
     ConvDownsample,
     ConvPatchEmbed,
     DropPath,
+    LayerNorm,
     SwiGLU,
     conv_channel_last,
     drop_path_rates,
@@ -108,10 +109,10 @@ class PlainStem(BaseModule):
     def __init__(self, in_channels: int, embed_dims: int, init_cfg: dict | None = None):
         super().__init__(init_cfg)
         self.conv1 = nn.Conv2d(in_channels, embed_dims // 2, kernel_size=9, stride=8, padding=1)
-        self.norm1 = nn.LayerNorm(embed_dims // 2)
+        self.norm1 = LayerNorm(embed_dims // 2)
         self.act = nn.SiLU()
         self.conv2 = nn.Conv2d(embed_dims // 2, embed_dims, kernel_size=3, stride=2, padding=1)
-        self.norm2 = nn.LayerNorm(embed_dims)
+        self.norm2 = LayerNorm(embed_dims)
 
     @staticmethod
     def grid(size: tuple[int, int]) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from ..layers import (
     ConvDownsample,
     ConvPatchEmbed,
     DropPath,
+    LayerNorm,
     Mlp,
     PatchEmbed,
     PatchMerging,
@@ -260,7 +261,7 @@ class VMamba(BaseBackbone):
         strides = [self.patch_embed.stride * 2**i for i in range(len(self.depths))]
         self.set_outputs(out_indices, self.embed_dims, strides)
         for i in self.out_indices:
-            self.add_module(f"norm{i}", nn.LayerNorm(self.embed_dims[i]))
+            self.add_module(f"norm{i}", LayerNorm(self.embed_dims[i]))
         self.freeze()
 
     def _make_downsample(self, kind: str, stage: int, odd_size: str) -> nn.Module:

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .channel_last import conv_channel_last
+from .norm import LayerNorm
 
 
 class ConvDownsample(BaseModule):
@@ -21,7 +22,7 @@ class ConvDownsample(BaseModule):
     def __init__(self, in_dims: int, out_dims: int, kernel_size: int = 3, init_cfg: dict | None = None):
         super().__init__(init_cfg)
         self.conv = nn.Conv2d(in_dims, out_dims, kernel_size, stride=2, padding=(kernel_size - 1) // 2)
-        self.norm = nn.LayerNorm(out_dims)
+        self.norm = LayerNorm(out_dims)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x (B, H, W, C) to (B, H', W', C')."""
@@ -46,7 +47,7 @@ class PatchMerging(BaseModule):
         if odd_size not in ("pad", "crop"):
             raise ValueError(f"odd_size={odd_size!r} is unknown; choose 'pad' or 'crop'")
         self.odd_size = odd_size
-        self.norm = nn.LayerNorm(4 * in_dims)
+        self.norm = LayerNorm(4 * in_dims)
         self.reduction = nn.Linear(4 * in_dims, out_dims, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from mmengine.model import BaseModule
 from torch import nn
 
 from .channel_last import conv_channel_last
+from .norm import LayerNorm
 
 
 def image_to_channel_last(x: torch.Tensor) -> torch.Tensor:
@@ -29,7 +30,7 @@ class PatchEmbed(BaseModule):
     def __init__(self, in_channels: int, embed_dims: int, init_cfg: dict | None = None):
         super().__init__(init_cfg)
         self.projection = nn.Conv2d(in_channels, embed_dims, kernel_size=4, stride=4)
-        self.norm = nn.LayerNorm(embed_dims)
+        self.norm = LayerNorm(embed_dims)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x (B, C_in, H, W) to (B, H // 4, W // 4, C)."""
@@ -55,10 +56,10 @@ class ConvPatchEmbed(BaseModule):
         if embed_dims % 2:
             raise ValueError(f"the convolutional stem halves the width, so embed_dims={embed_dims} must be even")
         self.conv1 = nn.Conv2d(in_channels, embed_dims // 2, kernel_size=3, stride=2, padding=1)
-        self.norm1 = nn.LayerNorm(embed_dims // 2)
+        self.norm1 = LayerNorm(embed_dims // 2)
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(embed_dims // 2, embed_dims, kernel_size=3, stride=2, padding=1)
-        self.norm2 = nn.LayerNorm(embed_dims)
+        self.norm2 = LayerNorm(embed_dims)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x (B, C_in, H, W) to (B, ceil(H / 4), ceil(W / 4), C)."""
