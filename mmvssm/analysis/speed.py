@@ -137,7 +137,7 @@ def _step(
             forward()
 
     def training() -> None:
-        model.zero_grad(set_to_none=False)
+        model.zero_grad()
         forward().float().mean().backward()
 
     return inference if mode == "inference" else training

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..flops import flop_formula
+from ..registration import custom_op
 from . import torch_norm
 
 # The kernels keep a row in registers.
@@ -23,7 +24,7 @@ def _obstacle(weight: Tensor, *dtypes: torch.dtype | None) -> str | None:
     return dispatch.FLOAT32_ONLY if torch.float64 in dtypes else None
 
 
-@torch.library.custom_op("mmvssm::add_norm", mutates_args=())
+@custom_op("add_norm")
 def add_norm_op(
     x: Tensor,
     residual: Tensor | None,
@@ -61,7 +62,7 @@ def _(x, residual, weight, bias, eps, norm, scale, residual_dtype, out_dtype, ba
     return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(0 if alone else x.shape, dtype=residual_dtype)
 
 
-@torch.library.custom_op("mmvssm::add_norm_backward", mutates_args=())
+@custom_op("add_norm_backward")
 def add_norm_backward_op(
     dy: Tensor | None,
     dr: Tensor | None,

@@ -6,10 +6,11 @@ from torch import Tensor
 from .. import dispatch
 from ..checks import computing_dtype
 from ..flops import flop_formula
+from ..registration import custom_op
 from .reference import bias_activation_reference
 
 
-@torch.library.custom_op("mmvssm::bias_activation", mutates_args=())
+@custom_op("bias_activation")
 def bias_activation_op(
     x: Tensor, bias: Tensor, activation: str | None, residual: Tensor | None, backend: str
 ) -> Tensor:

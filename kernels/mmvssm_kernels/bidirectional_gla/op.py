@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import dispatch
 from ..checks import computing_dtype
 from ..flops import BACKWARD_FACTOR, flop_formula
+from ..registration import custom_op
 from . import torch_gla
 
 # A program of the kernels holds a head's whole state, keys x values, in registers.
@@ -30,7 +31,7 @@ def normed_dtype(v: Tensor) -> torch.dtype:
     return torch.float16 if v.dtype == torch.bfloat16 else v.dtype
 
 
-@torch.library.custom_op("mmvssm::bidirectional_gla", mutates_args=())
+@custom_op("bidirectional_gla")
 def bidirectional_gla_op(
     q: Tensor,
     k: Tensor,
@@ -73,7 +74,7 @@ def _(q, k, v, gf, gb, norm_weight, scale, gate_normalizer, norm_eps, out_dtype,
     return out, v.new_empty(v.shape, dtype=normed_dtype(v)), v.new_empty(v.shape[:3], dtype=wide)
 
 
-@torch.library.custom_op("mmvssm::bidirectional_gla_backward", mutates_args=())
+@custom_op("bidirectional_gla_backward")
 def bidirectional_gla_backward_op(
     dout: Tensor,
     q: Tensor,

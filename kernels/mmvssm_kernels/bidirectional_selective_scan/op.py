@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import dispatch
 from ..checks import computing_dtype
 from ..flops import BACKWARD_FACTOR, flop_formula, projection_flops, scan_flops
+from ..registration import custom_op
 from . import torch_scan
 from .parameters import ScanParameters
 
@@ -47,7 +48,7 @@ def gated_empty(xz: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return xz.new_empty(*xz.shape[:2], xz.shape[2] // 2, dtype=dtype)
 
 
-@torch.library.custom_op("mmvssm::bidirectional_selective_scan", mutates_args=())
+@custom_op("bidirectional_selective_scan")
 def bidirectional_selective_scan_op(
     xz: Tensor, parameters: list[Tensor], scale: float, keep_states: bool, out_dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -74,7 +75,7 @@ def _(xz, parameters, scale, keep_states, out_dtype, backend):
     return gated_empty(xz, out_dtype), *kept_tensors(xz, parameters, keep_states)
 
 
-@torch.library.custom_op("mmvssm::bidirectional_selective_scan_backward", mutates_args=())
+@custom_op("bidirectional_selective_scan_backward")
 def bidirectional_selective_scan_backward_op(
     dout: Tensor,
     xz: Tensor,

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..flops import flop_formula
+from ..registration import custom_op
 from . import torch_conv
 from .layout import empty_in_order
 
@@ -20,7 +21,7 @@ def _obstacle(weight: Tensor, dtype: torch.dtype) -> str | None:
     return None if width <= MAX_KERNEL_WIDTH else f"the kernels take at most {MAX_KERNEL_WIDTH} taps, not {width}"
 
 
-@torch.library.custom_op("mmvssm::causal_conv1d", mutates_args=())
+@custom_op("causal_conv1d")
 def causal_conv1d_op(
     x: Tensor,
     weight: Tensor,
@@ -52,7 +53,7 @@ def _(x, weight, bias, activation, reverse, padding, out_dtype, backend):
     return empty_in_order(x, out_dtype)
 
 
-@torch.library.custom_op("mmvssm::causal_conv1d_backward", mutates_args=())
+@custom_op("causal_conv1d_backward")
 def causal_conv1d_backward_op(
     dy: Tensor,
     x: Tensor,

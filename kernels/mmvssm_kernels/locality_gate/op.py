@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..flops import flop_formula
+from ..registration import custom_op
 from . import torch_gate
 
 # The kernels keep the channels of a head in registers.
@@ -18,7 +19,7 @@ def _obstacle(*tensors: Tensor) -> str | None:
     return dispatch.FLOAT32_ONLY if torch.float64 in {t.dtype for t in tensors} else None
 
 
-@torch.library.custom_op("mmvssm::locality_gate", mutates_args=())
+@custom_op("locality_gate")
 def locality_gate_op(
     long: Tensor,
     x: Tensor,
@@ -49,7 +50,7 @@ def _(long, x, logits, weight, bias, eps, silu, backend):
     return long.new_empty(long.shape)
 
 
-@torch.library.custom_op("mmvssm::locality_gate_backward", mutates_args=())
+@custom_op("locality_gate_backward")
 def locality_gate_backward_op(
     dy: Tensor,
     long: Tensor,

@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import dispatch
 from ..checks import computing_dtype
 from ..flops import BACKWARD_FACTOR, flop_formula, scan_flops
+from ..registration import custom_op
 from .torch_scan import scan_backward, scan_forward
 
 
@@ -65,7 +66,7 @@ def _torch_backward(dout, dlast, u, delta, A, B, C, D, z, delta_bias, delta_soft
     )
 
 
-@torch.library.custom_op("mmvssm::selective_scan", mutates_args=())
+@custom_op("selective_scan")
 def selective_scan_op(
     u: Tensor,
     delta: Tensor,
@@ -104,7 +105,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, out_dtype, b
     return channel_last_empty(u, out_dtype), u.new_empty(u.shape[0], *A.shape, dtype=computing_dtype(u))
 
 
-@torch.library.custom_op("mmvssm::selective_scan_backward", mutates_args=())
+@custom_op("selective_scan_backward")
 def selective_scan_backward_op(
     dout: Tensor,
     dlast: Tensor | None,

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..flops import BACKWARD_FACTOR, flop_formula, projection_flops, scan_flops
+from ..registration import custom_op
 from . import torch_scan
 from .segments import count_segments
 
@@ -21,7 +22,7 @@ def _entering_states(x: Tensor, A_log: Tensor) -> Tensor:
     return x.new_empty(batch, 4, segments, A_log.shape[1], channels, dtype=torch.float32)
 
 
-@torch.library.custom_op("mmvssm::selective_scan_2d", mutates_args=())
+@custom_op("selective_scan_2d")
 def selective_scan_2d_op(
     x: Tensor,
     x_proj_weight: Tensor,
@@ -56,7 +57,7 @@ def _(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, out_dtype, backe
     return _channel_last_empty(x, out_dtype), _entering_states(x, A_log)
 
 
-@torch.library.custom_op("mmvssm::selective_scan_2d_backward", mutates_args=())
+@custom_op("selective_scan_2d_backward")
 def selective_scan_2d_backward_op(
     dy: Tensor,
     entering: Tensor,

@@ -5,10 +5,11 @@ from torch import Tensor
 
 from .. import dispatch
 from ..flops import flop_formula
+from ..registration import custom_op
 from . import torch_swiglu
 
 
-@torch.library.custom_op("mmvssm::swiglu", mutates_args=())
+@custom_op("swiglu")
 def swiglu_op(x: Tensor, backend: str) -> Tensor:
     """(..., 2 H) to (..., H), contiguous; the argument is checked by the caller."""
 
@@ -25,7 +26,7 @@ def _(x, backend):
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
-@torch.library.custom_op("mmvssm::swiglu_backward", mutates_args=())
+@custom_op("swiglu_backward")
 def swiglu_backward_op(dy: Tensor, x: Tensor, backend: str) -> Tensor:
     """Gradient of x, contiguous."""
 
