@@ -97,8 +97,14 @@ def _obstacle(tensor: torch.Tensor, max_batch: int | None = _MAX_BATCH) -> str |
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Context of every implementation: dtypes are the operator's business, autocast must not change products inside."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Context in which Triton launches on ``device``; free where it is the current one anyway."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
 def run(
@@ -122,8 +128,7 @@ def run(
         raise ValueError(f"backend 'triton' was asked for, but {obstacle}; use 'auto' or 'torch'")
     preferred = available_backends(device)[0] == "triton" and operator not in _broken
     automatic = backend == "auto" and preferred and obstacle is None
-    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with without_autocast(device), current:
+    with without_autocast(device), _current(device):
         return _run(operator, backend, device, automatic, triton_call, torch_call)
 
 
