@@ -1,4 +1,4 @@
-"""``mmcv._ext`` where mmcv has no usable compiled operators, and bfloat16 where it has.
+"""``mmcv._ext`` where mmcv has no usable compiled operators; bfloat16 and strided maps where it has.
 
 mmcv-lite lacks the compiled module ``mmcv._ext``, and one built for another torch or C library fails to load. Of its
 functions stock two-stage detectors need three: ``nms``, ``roi_align_forward`` and ``roi_align_backward``. A finder
@@ -7,7 +7,9 @@ from torchvision when its compiled part loads, else in plain torch. Every other 
 import, because mmcv looks all names up at import.
 
 Neither mmcv nor torchvision has a bfloat16 RoIAlign, which stops bfloat16 AMP in the RoI head; whatever the source, the
-three functions therefore compute bfloat16 (and float16 on CPU) in float32.
+three functions therefore compute bfloat16 (and float16 on CPU) in float32. And mmcv's compiled RoIAlign reads any map
+as if it were contiguous: of a channels_last map, such as a LayerNorm over channels or a channels_last convolution
+returns, it takes the wrong numbers without a word, so that heads see noise. Maps are made contiguous for it.
 """
 
 from __future__ import annotations
@@ -39,6 +41,11 @@ BFLOAT16 = pieces.register(
     reason="compiled nms and roi_align of mmcv (<= 2.2, onedl <= 2.3.6) and torchvision have no bfloat16 kernels",
     until="mmcv and torchvision dispatch bfloat16 in nms and roi_align",
 )
+STRIDES = pieces.register(
+    "strided operators",
+    reason="compiled nms and roi_align of mmcv (<= 2.2) read permuted and channels_last maps as if contiguous",
+    until="mmcv makes their arguments contiguous or refuses others",
+)
 
 
 def install() -> None:
@@ -46,7 +53,7 @@ def install() -> None:
     module = sys.modules.get(NAME)
     if module is not None:
         if not isinstance(module, StandIn):
-            _widen_compiled(module)
+            _adapt_compiled(module)
         return
     install_finder(_FINDER)
 
@@ -81,6 +88,7 @@ class _StandInLoader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         STAND_IN.activate(f"{self.why}; nms and roi_align come from {stand_in_source()}")
         BFLOAT16.stand_by("the stand-in computes bfloat16 in float32 anyway")
+        STRIDES.stand_by("the stand-in takes any strides")
 
 
 class _CompiledLoader(WrappedLoader):
@@ -104,7 +112,7 @@ class _CompiledLoader(WrappedLoader):
             _StandInLoader(module.why).exec_module(module)
             return
         STAND_IN.stand_by("compiled mmcv operators are used")
-        _widen_compiled(module)
+        _adapt_compiled(module)
 
     @staticmethod
     def _absent(error: ImportError) -> StandIn:
@@ -252,43 +260,43 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if _needs_widening(tensor) else tensor
 
 
-# Functions to widen -> position and name of the tensor that they write into (None: they return their result).
+# Functions to adapt -> position and name of the tensor that they write into (None: they return their result).
 _WRITES = {"nms": None, "roi_align_forward": (2, "output"), "roi_align_backward": (4, "grad_input")}
 
 
-def _widen_compiled(module: ModuleType) -> None:
-    """Let the compiled functions of ``mmcv._ext`` take bfloat16 (and float16 on CPU) through float32."""
+def _adapt_compiled(module: ModuleType) -> None:
+    """Let the compiled functions of ``mmcv._ext`` take bfloat16 (and float16 on CPU) and any strides."""
     for name, written in _WRITES.items():
         function = getattr(module, name, None)
         if function is not None and not hasattr(function, "__wrapped__"):
-            setattr(module, name, _through_float32(function, written))
+            setattr(module, name, _adapted(function, written))
     BFLOAT16.activate("compiled nms and roi_align take bfloat16 through float32")
+    STRIDES.activate("compiled nms and roi_align take contiguous copies of strided maps")
 
 
-def _through_float32(function: Callable, written: tuple[int, str] | None) -> Callable:
-    """``function`` with narrow tensor arguments widened; the one it writes into is copied back."""
+def _adapted(function: Callable, written: tuple[int, str] | None) -> Callable:
+    """``function`` on contiguous and wide tensors; the one it writes into is copied back."""
 
     @functools.wraps(function, assigned=(), updated=())
     def wrapper(*args, **kwargs):
         import torch
 
-        narrow = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and _needs_widening(t)]
-        if not narrow:
-            return function(*args, **kwargs)
-        if kwargs.get("pool_mode", 1) == 0:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        narrow = [tensor for tensor in tensors if _needs_widening(tensor)]
+        if narrow and kwargs.get("pool_mode", 1) == 0:
             # It stores the positions of maxima in the input's dtype, where they would not survive the way back.
             raise NotImplementedError(f"RoIAlign with pool_mode='max' does not work in {narrow[0].dtype}; use float32")
-        wide = {id(tensor): tensor.float() for tensor in narrow}
+        fitting = {id(tensor): _widened(tensor).contiguous() for tensor in tensors}
 
         def swap(value):
-            return wide.get(id(value), value)
+            return fitting.get(id(value), value)
 
         result = function(*map(swap, args), **{name: swap(value) for name, value in kwargs.items()})
         if written is not None:
             position, name = written
             target = args[position] if len(args) > position else kwargs[name]
-            if id(target) in wide:
-                target.copy_(wide[id(target)])
+            if swap(target) is not target:
+                target.copy_(swap(target))
         return result
 
     return wrapper

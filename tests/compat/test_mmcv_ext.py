@@ -14,15 +14,15 @@ COMPILED = """
 import torch
 
 def nms(boxes, scores, iou_threshold, offset):
-    assert boxes.dtype == scores.dtype == torch.float32
+    assert boxes.dtype == scores.dtype == torch.float32 and boxes.is_contiguous()
     return torch.arange(len(boxes))
 
 def roi_align_forward(input, rois, output, argmax_y, argmax_x, **kwargs):
-    assert input.dtype == rois.dtype == output.dtype == torch.float32
+    assert input.dtype == rois.dtype == output.dtype == torch.float32 and input.is_contiguous()
     output.fill_(input.sum() + rois.sum())
 
 def roi_align_backward(grad_output, rois, argmax_y, argmax_x, grad_input, **kwargs):
-    assert grad_output.dtype == grad_input.dtype == torch.float32
+    assert grad_output.dtype == grad_input.dtype == torch.float32 and grad_input.is_contiguous()
     grad_input.fill_(grad_output.sum())
 
 def deform_conv_forward():
@@ -30,7 +30,7 @@ def deform_conv_forward():
 """
 CALLS = """
 def call(dtype, pool_mode=1):
-    x, out = torch.ones(1, 1, 2, 2, dtype=dtype), torch.zeros(1, 1, 1, 1, dtype=dtype)
+    x, out = torch.ones(1, 1, 2, 2, dtype=dtype).transpose(2, 3), torch.zeros(1, 1, 1, 1, dtype=dtype)
     rois = torch.tensor([[0, 1, 1, 1, 1]], dtype=dtype)
     none = torch.zeros(0, dtype=dtype)
     options = dict(spatial_scale=1.0, sampling_ratio=2, pool_mode=pool_mode, aligned=True)
@@ -81,7 +81,7 @@ def test_compiled_module_that_does_not_load_counts_as_absent(tmp_path, kind):
 
 
 @pytest.mark.parametrize("order", ["mmvssm, mmcv._ext", "mmcv._ext, mmvssm"])
-def test_compiled_module_is_used_and_takes_bfloat16(tmp_path, order):
+def test_compiled_module_is_used_and_takes_bfloat16_and_strides(tmp_path, order):
     write_package(tmp_path, {"mmcv/__init__.py": "", "mmcv/_ext.py": COMPILED})
     out = run_python(
         f"import torch, {order}\nimport mmcv._ext as ext\n{CALLS}\n"
@@ -96,6 +96,7 @@ def test_compiled_module_is_used_and_takes_bfloat16(tmp_path, order):
     )
     assert "pool_mode='max' does not work in torch.bfloat16" in out
     assert "bfloat16 operators" in out
+    assert "strided operators" in out
     assert "mmcv operators" not in out
 
 
@@ -182,7 +183,11 @@ def compare_with_plain_compiled(ext):
     torch.testing.assert_close(out, plain_roi_align(x, rois, (3, 2), 0.25), rtol=1e-5, atol=1e-5)
     expected = plain_roi_align_backward(torch.ones_like(out), rois, tuple(x.shape), 0.25)
     torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5)
-    kept = ext.nms(rois[:, 1:].contiguous(), scores, iou_threshold=0.3, offset=0)
+    strided, strided_grad = pooled_by(ext, x.contiguous(memory_format=torch.channels_last), rois)
+    assert strided_grad.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(strided, out, rtol=0, atol=0)
+    torch.testing.assert_close(strided_grad, grad, rtol=1e-5, atol=1e-5)
+    kept = ext.nms(rois[:, 1:], scores, iou_threshold=0.3, offset=0)
     assert kept.tolist() == plain_nms(rois[:, 1:], scores, 0.3).tolist()
     narrow, _ = pooled_by(ext, x.bfloat16(), rois.bfloat16())
     torch.testing.assert_close(narrow, pooled_by(ext, x.bfloat16().float(), rois.bfloat16().float())[0].bfloat16())

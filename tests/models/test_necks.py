@@ -35,7 +35,7 @@ def test_shapes(kind, size, stride):
         width = 256
         expected.append(tuple(-(-side // 2) for side in expected[-1]))
     assert [tuple(out.shape) for out in outs] == [(2, width, *grid) for grid in expected]
-    assert all(out.isfinite().all() for out in outs)
+    assert all(out.isfinite().all() and out.is_contiguous() for out in outs)
 
 
 def test_deconvolution_pyramid_is_what_it_says():

@@ -59,11 +59,11 @@ class DeconvPyramid(BaseModule):
             inputs: One (B, C_i, H, W) map per entry of ``in_channels``.
 
         Returns:
-            Four maps (B, C_i, H_i, W_i), finest first; the coarser grids are floor(size / 2), at least 1.
+            Four contiguous maps (B, C_i, H_i, W_i), finest first; the coarser grids are floor(size / 2), at least 1.
 
         Raises:
             ValueError: If the maps do not fit ``in_channels``.
         """
         check_maps(inputs, self.in_channels, type(self).__name__)
         maps = inputs if len(inputs) > 1 else [inputs[0]] * len(self.levels)
-        return tuple(level(x) for level, x in zip(self.levels, maps, strict=True))
+        return tuple(level(x).contiguous() for level, x in zip(self.levels, maps, strict=True))

@@ -95,13 +95,14 @@ class SimpleFeaturePyramid(BaseModule):
             inputs: A sequence with one (B, C, H, W) map.
 
         Returns:
-            ``num_outs`` maps (B, out_channels, H_i, W_i), finest first.
+            ``num_outs`` contiguous maps (B, out_channels, H_i, W_i), finest first. Norms over channels leave
+            channels_last strides, which compiled RoIAlign operators do not heed.
 
         Raises:
             ValueError: If there is not exactly one map of the right width.
         """
         check_maps(inputs, self.in_channels, type(self).__name__)
-        outs = [level(inputs[0]) for level in self.levels]
+        outs = [level(inputs[0]).contiguous() for level in self.levels]
         while len(outs) < self.num_outs:
-            outs.append(outs[-1][:, :, ::2, ::2])
+            outs.append(outs[-1][:, :, ::2, ::2].contiguous())
         return tuple(outs)
