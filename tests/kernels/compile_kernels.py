@@ -67,8 +67,9 @@ def record_launches(dtype: torch.dtype) -> list:
         for case in SCANS:
             inputs = case.inputs(dtype)
             tail = (case.softplus, case.reverse)
-            y, last = forward.selective_scan_forward(*inputs, *tail, dtype)
-            backward.selective_scan_backward(y, last, *inputs, *tail)
+            borders = import_module(f"{package}.op").kept_states(inputs[0], inputs[2], True)
+            y, last = forward.selective_scan_forward(*inputs, *tail, dtype, borders)
+            backward.selective_scan_backward(y, last, *inputs, *tail, borders)
         forward, backward = (import_module(f"{package}_2d.triton_{part}") for part in ("fwd", "bwd"))
         for case in SCANS_2D:
             inputs = case.inputs(dtype)

@@ -35,7 +35,7 @@ if interpreting():
         monkeypatch.setattr(bidirectional_gla, "_GROUP", 2)
         if segments == "several":
             monkeypatch.setattr(bidirectional_gla, "_ENOUGH_ROWS", 1000)
-            monkeypatch.setattr(triton_launch, "_MIN_TILES_PER_SEGMENT", 1)
+            monkeypatch.setattr(triton_launch, "_MIN_TOKENS_PER_SEGMENT", 1)
             monkeypatch.setattr(selective_scan_2d, "_SEGMENT_TILES", 1)
             monkeypatch.setattr(selective_scan_2d, "_SEGMENT_TILES_MANY_STATES", 2)
             monkeypatch.setattr(bidirectional_selective_scan, "_MIN_TILES_PER_SEGMENT", 1)

@@ -86,5 +86,8 @@ def selective_scan(
     elif batch == 0:
         y, last = u.to(out_dtype, copy=True), A.new_zeros(0, channels, state)
     else:
-        y, last = selective_scan_op(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, out_dtype, backend)
+        tensors = (u, delta, A, B, C, D, z, delta_bias)
+        keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        options = (delta_softplus, reverse, keep_states, out_dtype, backend)
+        y, last, _ = selective_scan_op(*tensors, *options)
     return (y, last) if return_last_state else y
