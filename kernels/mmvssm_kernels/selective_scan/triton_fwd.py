@@ -96,6 +96,7 @@ def selective_scan_fwd_kernel(
     if SEGMENTED and not SUMMARY:
         # What the segment before this one handed on.
         state = tl.load(p_state - stride_state + o_state, mask=m_state_channel & (i_segment > 0), other=0.0)
+    p_y += i_batch * length * channels
     steps = tl.zeros((T, BLOCK_C), tl.float32)
     n_all = tl.cdiv(length, T)
     i_first = i_segment * n_tiles
@@ -138,7 +139,7 @@ def selective_scan_fwd_kernel(
             y = tl.sum(states * C_now[:, :, None], axis=1) + skip[None, :] * u_now
             if p_z is not None:
                 y *= z_now * sigmoid(z_now)
-            p_out = p_y + (i_batch * length + o_now[:, None]) * channels + o_channel[None, :]
+            p_out = p_y + o_now[:, None] * channels + o_channel[None, :]
             tl.store(p_out, y.to(p_y.dtype.element_ty), mask=m_now[:, None] & m_channel[None, :])
     if SUMMARY:
         tl.store(p_state + o_state, state, mask=m_state_channel)
