@@ -14,9 +14,7 @@ _COLUMNS, _COLUMNS_AT_ONCE = 128, 16
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_tiles"])
-def sum_rows_kernel(
-    p_rows, p_sums, n_rows, columns, n_tiles, stride_row, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def sum_rows_kernel(p_rows, p_sums, n_rows, columns, n_tiles, stride_row, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Sums (P, D) of P parts of the rows (M, D), each of ``n_tiles`` tiles."""
     i_part = tl.program_id(0)
     o_column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

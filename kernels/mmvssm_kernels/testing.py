@@ -258,7 +258,9 @@ def add_norm_with_drop(x: Tensor, *tensors: Tensor | None, drop: bool, alone: bo
     """:func:`mmvssm_kernels.add_norm`, with ``drop`` as drop path: every second sample dropped, the others scaled."""
     scale = None
     if drop:
-        scale = torch.arange(len(x), device=x.device).remainder(2).to(torch.promote_types(x.dtype, torch.float32)) * 1.25
+        scale = (
+            torch.arange(len(x), device=x.device).remainder(2).to(torch.promote_types(x.dtype, torch.float32)) * 1.25
+        )
     return add_norm(x, *tensors, scale=scale, residual_dtype=x.dtype if alone else None, **options)
 
 

@@ -87,7 +87,9 @@ def selective_scan(
         y, last = u.to(out_dtype, copy=True), A.new_zeros(0, channels, state)
     else:
         tensors = (u, delta, A, B, C, D, z, delta_bias)
-        keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        # The kernels keep some states for the backward pass; inference and torch do not need them.
+        learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        keep_states = learns and (u.is_cuda or backend == "triton")
         options = (delta_softplus, reverse, keep_states, out_dtype, backend)
         y, last, _ = selective_scan_op(*tensors, *options)
     return (y, last) if return_last_state else y

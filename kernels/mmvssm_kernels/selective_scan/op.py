@@ -9,7 +9,7 @@ from ..flops import BACKWARD_FACTOR, flop_formula, scan_flops
 from .torch_scan import scan_backward, scan_forward
 
 # Tokens between the states that the kernels keep for the backward pass, a multiple of the tokens of their tiles.
-KEEP = 16
+KEEP = 8
 
 
 def kept_states(u: Tensor, A: Tensor, keep_states: bool) -> Tensor:
@@ -149,7 +149,7 @@ def selective_scan_backward_op(
         from .triton_bwd import selective_scan_backward
 
         kept = borders
-        if not kept.numel():
+        if not kept.numel() and u.shape[2] > KEEP:
             *_, kept = selective_scan_op(*arguments[2:], True, u.dtype, backend)
         return selective_scan_backward(*arguments, kept)
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_scan import LN_2, LOG2_E
+from ..triton_scan import LN_2, softplus_slope
 from . import op, triton_launch
 from .triton_fwd import scan_segments
 from .triton_launch import RUN_TIME_SIZES, Launch
@@ -111,7 +111,7 @@ def selective_scan_bwd_kernel(
     p_B += i_batch * stride_B_batch + i_group * stride_B_group
     p_C += i_batch * stride_C_batch + i_group * stride_C_group
     p_flow += (i_batch * n_segments + i_segment) * stride_state
-    p_border += i_batch * ((length - 1) // KEEP) * stride_state
+    p_border += i_batch * ((length - 1) // KEEP) * stride_state + o_state
     rate = load_rate(p_A, o_channel, m_state_channel, N, BLOCK_N)
     bias = load_vector(p_bias, o_channel, m_channel)
     skip = load_vector(p_skip, o_channel, m_channel)
@@ -133,13 +133,7 @@ def selective_scan_bwd_kernel(
     stride_weight = n_groups * N
     # Every block of channels has its own copy of the gradients of B and C.
     n_copy = tl.num_programs(2).to(tl.int64) * length * stride_weight
-    p_dB = p_dweights + i_block * n_copy + i_batch * length * stride_weight + i_group * N
-    p_dC = p_dB + n_blocks * n_copy
-    p_du += i_batch * length * channels
-    p_ddelta += i_batch * length * channels
-    if p_z is not None:
-        p_z += i_batch * stride_z_batch
-        p_dz += i_batch * length * channels
+    o_weights = i_block * n_copy + i_batch * length * stride_weight + i_group * N
     for i in range(i_first, i_end):
         i_tile = i_first + i_end - 1 - i
         o_token, m_token = tile_tokens(i_tile, length, T, REVERSE)
@@ -148,14 +142,15 @@ def selective_scan_bwd_kernel(
         dout = load_tile(p_dout, o_token, m_token, stride_dout_token, o_channel, m_channel, stride_dout_channel)
         C = load_weights(p_C, o_token, m_token, stride_C_token, i_state, m_state, stride_C_state)
         if p_z is not None:
-            z = load_tile(p_z, o_token, m_token, stride_z_token, o_channel, m_channel, stride_z_channel)
+            p_z_batch = p_z + i_batch * stride_z_batch
+            z = load_tile(p_z_batch, o_token, m_token, stride_z_token, o_channel, m_channel, stride_z_channel)
         if not SUMMARY:
             u = load_tile(p_u, o_token, m_token, stride_u_token, o_channel, m_channel, stride_u_channel).to(tl.float32)
             B = load_weights(p_B, o_token, m_token, stride_B_token, i_state, m_state, stride_B_state)
             # The state that enters the tile: from the last one kept, over the tiles between.
             i_border = i_tile * T // KEEP
             p_state = p_border + (i_border - 1).to(tl.int64) * stride_state
-            state = tl.load(p_state + o_state, mask=m_state_channel & (i_border > 0), other=0.0)
+            state = tl.load(p_state, mask=m_state_channel & (i_border > 0), other=0.0)
             for i_before in range(i_border * KEEP // T, i_tile):
                 o_before, m_before = tile_tokens(i_before, length, T, REVERSE)
                 delta_before = load_tile(
@@ -186,29 +181,26 @@ def selective_scan_bwd_kernel(
             dt_u = dt * u
             states = scan_rows(decay, dt_u[:, None, :] * B[:, :, None], state)
             through = decay * grad * previous_rows(states, state[None, :, :])
-            dinput, drate, y = sums_over_states(
-                grad * B[:, :, None], through * rate, states * C[:, :, None]
-            )
+            dinput, drate, y = sums_over_states(grad * B[:, :, None], through * rate, states * C[:, :, None])
             dA += tl.sum(through * dt[:, None, :], axis=0)
             ddt = u * dinput + LN_2 * drate
             if SOFTPLUS:
-                # The logistic function of softplus's argument, whose exponent has no cancellation that matters.
-                ddt *= tl.exp2((delta.to(tl.float32) + bias[None, :] - dt) * LOG2_E)
+                ddt *= softplus_slope(dt)
             ddt = tl.where(m_tile, ddt, 0.0)
             dbias += ddt
             dskip += u * dy
-            o_out = o_token[:, None] * channels + o_channel[None, :]
+            o_out = (i_batch * length + o_token[:, None]) * channels + o_channel[None, :]
             tl.store(p_du + o_out, (dt * dinput + skip[None, :] * dy).to(p_du.dtype.element_ty), mask=m_tile)
             tl.store(p_ddelta + o_out, ddt.to(p_ddelta.dtype.element_ty), mask=m_tile)
             if p_z is not None:
                 dz = dout.to(tl.float32) * (y + skip[None, :] * u) * gate * (1.0 + z * (1.0 - gate))
                 tl.store(p_dz + o_out, dz.to(p_dz.dtype.element_ty), mask=m_tile)
-            o_weight = o_token[:, None] * stride_weight + i_state[None, :]
+            p_tile = p_dweights + o_weights + o_token[:, None] * stride_weight + i_state[None, :]
             m_weight = m_token[:, None] & m_state[None, :]
             dB = sum_over_channels(grad * dt_u[:, None, :], MATRIX_UNIT, PRECISION)
-            tl.store(p_dB + o_weight, dB, mask=m_weight)
+            tl.store(p_tile, dB, mask=m_weight)
             dC = sum_over_channels(states * dy[:, None, :], MATRIX_UNIT, PRECISION)
-            tl.store(p_dC + o_weight, dC, mask=m_weight)
+            tl.store(p_tile + n_blocks * n_copy, dC, mask=m_weight)
     if SUMMARY:
         tl.store(p_flow + o_state, flow, mask=m_state_channel)
         p_step += (i_batch * n_segments + i_segment) * channels + o_channel
@@ -277,13 +269,13 @@ def selective_scan_backward(
     dout, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, borders
 ) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias; empty for what is None. Those of B and C are token-major."""
-    launch = Launch(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, triton_launch.backward_form
-    )
+    launch = Launch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, triton_launch.backward_form)
     batch, channels, length = u.shape
     du, ddelta, dz = (None if t is None else t.new_empty(batch, length, channels) for t in (u, delta, z))
     dB, dC = (t.new_empty(batch, length, launch.groups, launch.state) for t in (B, C))
-    dA, dskip, dbias = (None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (A, D, delta_bias))
+    dA, dskip, dbias = (
+        None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (A, D, delta_bias)
+    )
     dweights = launch.empty(2, launch.blocks, *dB.shape)
     dvectors = launch.empty(batch * launch.segments, launch.state + 2, channels)
     flow, step = launch.summaries()
@@ -298,7 +290,22 @@ def selective_scan_backward(
     n_copy = dB.numel()
     programs = 2 * triton.cdiv(n_copy, 1024) + triton.cdiv((launch.state + 2) * channels, 64)
     selective_scan_sums_kernel[(programs,)](
-        dweights, dvectors, dB, dC, dA, dskip, dbias, n_copy, launch.blocks, batch * launch.segments, channels, launch.state, 1024, 64, 32, num_warps=4
+        dweights,
+        dvectors,
+        dB,
+        dC,
+        dA,
+        dskip,
+        dbias,
+        n_copy,
+        launch.blocks,
+        batch * launch.segments,
+        channels,
+        launch.state,
+        1024,
+        64,
+        32,
+        num_warps=4,
     )
     return (
         du.transpose(1, 2),

@@ -96,7 +96,6 @@ def selective_scan_fwd_kernel(
     if SEGMENTED and not SUMMARY:
         # What the segment before this one handed on.
         state = tl.load(p_state - stride_state + o_state, mask=m_state_channel & (i_segment > 0), other=0.0)
-    p_y += i_batch * length * channels
     steps = tl.zeros((T, BLOCK_C), tl.float32)
     n_all = tl.cdiv(length, T)
     i_first = i_segment * n_tiles
@@ -128,7 +127,7 @@ def selective_scan_fwd_kernel(
             if p_z is not None:
                 z_now = z.to(tl.float32)
                 z = load_tile(p_z, o_token, m_token, stride_z_token, o_channel, m_channel, stride_z_channel)
-            if KEEP > 0:
+            if KEEP > 0:  # noqa: SIM102 (known when the kernel is compiled)
                 if (i * T) % KEEP == 0 and i > 0:
                     i_border = i_batch * ((length - 1) // KEEP) + i * T // KEEP - 1
                     tl.store(p_border + i_border * stride_state + o_state, state, mask=m_state_channel)
@@ -139,7 +138,7 @@ def selective_scan_fwd_kernel(
             y = tl.sum(states * C_now[:, :, None], axis=1) + skip[None, :] * u_now
             if p_z is not None:
                 y *= z_now * sigmoid(z_now)
-            p_out = p_y + o_now[:, None] * channels + o_channel[None, :]
+            p_out = p_y + (i_batch * length + o_now[:, None]) * channels + o_channel[None, :]
             tl.store(p_out, y.to(p_y.dtype.element_ty), mask=m_now[:, None] & m_channel[None, :])
     if SUMMARY:
         tl.store(p_state + o_state, state, mask=m_state_channel)

@@ -11,26 +11,31 @@ from . import op
 RUN_TIME_SIZES = ["length", "channels", "n_groups", "n_tiles", "n_segments", "n_blocks", "zero"]
 RUN_TIME_SIZES += [f"stride_{name}_batch" for name in ("u", "delta", "z", "B", "C", "dout")]
 RUN_TIME_SIZES += ["stride_B_group", "stride_C_group"]
-# Warps that keep a large GPU busy; rows beyond that are not cut into segments.
+# Rows of so many warps are not cut into segments: one warp for each scheduler of a large GPU. Others are cut until all
+# its places for warps are taken, once.
+_ENOUGH_WARPS = 528
 _TARGET_WARPS = 1584
 _MAX_SEGMENTS = 128
 # A segment shorter than this costs more in summaries than it gains.
 _MIN_TOKENS_PER_SEGMENT = 64
 
 
-def forward_form(state: int) -> tuple[int, int, int]:
-    """Channels and warps of a program and tokens of a tile for (padded) ``state`` states of the forward pass."""
-    return 32, max(1, state // 16), 4 if state > 8 else 8
+def forward_form(state: int) -> tuple[int, int, int, int | None]:
+    """Channels and warps of a program, tokens of a tile and limit of registers for (padded) ``state`` states."""
+    return 32, max(1, state // 16), 4 if state > 4 else 8, None
 
 
-def backward_form(state: int) -> tuple[int, int, int]:
-    """The same for the backward pass, which holds decays and states of a tile: 8 states of a channel in a lane."""
-    return 32, max(1, min(8, state // 8)), 4 if state > 4 else 8
+def backward_form(state: int) -> tuple[int, int, int, int | None]:
+    """The same for the backward pass, which holds decays and states of a tile: 8 states of a channel in a lane.
+
+    With several warps the registers limit how many programs run side by side.
+    """
+    return 32, max(1, min(8, state // 8)), 4 if state > 4 else 8, 168 if state > 8 else None
 
 
 def segment_tokens(length: int, warps: int) -> int:
-    """Tokens per segment: all of them when ``warps`` fill the GPU, fewer when the sequence must be cut for that."""
-    wanted = min(_MAX_SEGMENTS, max(1, _TARGET_WARPS // warps))
+    """Tokens per segment: all of them when ``warps`` keep the GPU busy, else fewer."""
+    wanted = 1 if warps >= _ENOUGH_WARPS else min(_MAX_SEGMENTS, _TARGET_WARPS // warps)
     tokens = max(triton.cdiv(length, wanted), min(_MIN_TOKENS_PER_SEGMENT, length))
     return triton.cdiv(tokens, op.KEEP) * op.KEEP
 
@@ -42,7 +47,7 @@ class Launch:
         self.batch, self.channels, length = u.shape
         self.groups, self.state = B.shape[1:3]
         padded = triton.next_power_of_2(self.state)
-        block_channels, warps, tile = form(padded)
+        block_channels, warps, tile, registers = form(padded)
         self.A = A.contiguous()
         vectors = [None if t is None else t.contiguous() for t in (D, delta_bias)]
         self.tensors = (u, delta, z, self.A, B, C, *vectors)
@@ -51,18 +56,8 @@ class Launch:
         tiles_per_segment = segment_tokens(length, programs * warps) // tile
         self.segments = triton.cdiv(triton.cdiv(length, tile), tiles_per_segment)
         self.grid = (self.groups * self.blocks, self.segments, self.batch)
-        strides = [0 if t is None else s for t in (u, delta, z) for s in (t.stride() if t is not None else (0, 0, 0))]
-        self.sizes = (
-            length,
-            self.channels,
-            self.groups,
-            tiles_per_segment,
-            self.segments,
-            0,
-            *strides,
-            *B.stride(),
-            *C.stride(),
-        )
+        strides = [s for t in (u, delta, z, B, C) for s in ((0, 0, 0) if t is None else t.stride())]
+        self.sizes = (length, self.channels, self.groups, tiles_per_segment, self.segments, 0, *strides)
         self.constants = dict(
             N=self.state,
             SOFTPLUS=delta_softplus,
@@ -73,6 +68,8 @@ class Launch:
             BLOCK_N=padded,
             num_warps=warps,
         )
+        if registers is not None and not torch.version.hip:  # the option is that of NVIDIA's compiler
+            self.constants["maxnreg"] = registers
         self._like = u
 
     def empty(self, *shape: int) -> Tensor:
