@@ -26,7 +26,6 @@ from mmvssm_kernels.testing import (
 )
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-# More states compile too, but 64 keep ptxas busy for three minutes (kernels/NOTES.md).
 SCANS = [
     Scan(1, 40, 2000, 1),
     Scan(1, 33, 70, 16, groups=3, gate=True, reverse=True),
@@ -104,10 +103,12 @@ def record_launches(dtype: torch.dtype) -> list:
         for case in SWIGLUS:
             (x,) = case.inputs(dtype)
             backward.swiglu_backward(forward.swiglu_forward(x), x)
-        forward = import_module("mmvssm_kernels.bias_activation.triton_fwd")
+        package = "mmvssm_kernels.bias_activation"
+        forward, backward = (import_module(f"{package}.triton_{part}") for part in ("fwd", "bwd"))
         for case in BIASES:
             x, bias, residual = case.inputs(dtype)
-            forward.bias_activation_forward(x, bias, case.activation, residual)
+            y = forward.bias_activation_forward(x, bias, case.activation, residual)
+            backward.bias_activation_backward(y, x, bias, case.activation)
         package = "mmvssm_kernels.bidirectional_gla"
         forward, backward = (import_module(f"{package}.triton_{part}") for part in ("fwd", "bwd"))
         for case in ATTENTIONS:
