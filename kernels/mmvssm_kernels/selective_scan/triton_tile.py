@@ -182,8 +182,8 @@ def step_sizes(delta, bias, m_token, SOFTPLUS: tl.constexpr):
 def channels_of(i_program, channels, n_groups, zero, BLOCK_C: tl.constexpr):
     """Group, block in the group, channels (C) and mask of a program; blocks do not cross groups.
 
-    ``zero`` is one, of which the compiler only knows that it is a number: what is not known to be aligned is not loaded
-    in vectors, whose layout would have to be left again.
+    ``zero`` is 0, but the compiler does not know that: channels of unknown alignment are not loaded in vectors, whose
+    layout would have to be left again.
     """
     group_channels = channels // n_groups
     n_blocks = tl.cdiv(group_channels, BLOCK_C)
