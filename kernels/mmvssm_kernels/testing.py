@@ -256,8 +256,12 @@ class AddNorm(NamedTuple):
 
 def add_norm_with_drop(x: Tensor, *tensors: Tensor | None, drop: bool, alone: bool, **options) -> tuple[Tensor, Tensor]:
     """:func:`mmvssm_kernels.add_norm`, with ``drop`` as drop path: every second sample dropped, the others scaled."""
-    scale = torch.arange(len(x), device=x.device).remainder(2).to(torch.promote_types(x.dtype, torch.float32)) * 1.25
-    return add_norm(x, *tensors, scale=scale if drop else None, residual_dtype=x.dtype if alone else None, **options)
+    scale = None
+    if drop:
+        scale = (
+            torch.arange(len(x), device=x.device).remainder(2).to(torch.promote_types(x.dtype, torch.float32)) * 1.25
+        )
+    return add_norm(x, *tensors, scale=scale, residual_dtype=x.dtype if alone else None, **options)
 
 
 class BiasActivation(NamedTuple):

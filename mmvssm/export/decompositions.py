@@ -27,7 +27,7 @@ def _selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D
     return y if D is None else y + D[..., None] * u
 
 
-def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, out_dtype, backend):
+def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, keep_states, out_dtype, backend):
     dtype, groups = computing_dtype(u), B.shape[1]
     u, delta, A, B, C, D, z, delta_bias = (
         None if t is None else t.to(dtype) for t in (u, delta, A, B, C, D, z, delta_bias)
@@ -43,7 +43,7 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse,
     y = (y.flip(-1) if reverse else y).flatten(1, 2)
     if z is not None:
         y = y * F.silu(z)
-    return y.to(out_dtype), u.new_empty(u.shape[0], *A.shape[:1], 0)
+    return y.to(out_dtype), u.new_empty(u.shape[0], *A.shape[:1], 0), u.new_empty(0)
 
 
 def selective_scan_2d(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, out_dtype, backend):

@@ -1,5 +1,7 @@
 """Grids of operator cases shared by the CPU, interpreter and GPU tests."""
 
+import torch
+
 from mmvssm_kernels.testing import (
     AddNorm,
     BiasActivation,
@@ -54,7 +56,7 @@ SHORT = [
 # Few programs each: interpreting a kernel costs seconds.
 INTERPRETED = [
     Scan(1, 5, 1, 1),
-    Scan(2, 6, 35, 3, groups=2, gate=True),
+    Scan(1, 6, 19, 3, groups=2, gate=True),
     Scan(1, 5, 35, 1, reverse=True, skip=False, bias=False, softplus=False),
     Scan2d(1, 6, 5, 7, 3, 1),
     Scan2d(1, 33, 3, 6, 2, 2, channel_last=False),
@@ -129,6 +131,19 @@ WITH_OUT_DTYPE = [
     Conv1d(2, 4, 9),
     AddNorm(2, 9, 8),
 ]
+
+
+def laid_out_as_in_models(inputs: list) -> list:
+    """Inputs of a Scan whose channels are adjacent and whose weights are slices of one projection."""
+    u, delta, A, B, C, D, z, bias = inputs
+    u, delta, z = (None if t is None else t.transpose(1, 2).contiguous().transpose(1, 2) for t in (u, delta, z))
+    # (B, L, 3 + 2 G N), the first three values being somebody else's
+    projected = (
+        torch.cat([B[:, 0, :1].repeat(1, 3, 1), B.flatten(1, 2), C.flatten(1, 2)], 1).transpose(1, 2).contiguous()
+    )
+    size = B.shape[1] * B.shape[2]
+    B, C = (projected[..., i : i + size].transpose(1, 2).view_as(t) for i, t in ((3, B), (3 + size, C)))
+    return [u, delta, A, B, C, D, z, bias]
 
 
 def case_id(case) -> str:

@@ -26,7 +26,6 @@ from mmvssm_kernels.testing import (
 )
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-# More states compile too, but 64 keep ptxas busy for three minutes (kernels/NOTES.md).
 SCANS = [
     Scan(1, 40, 2000, 1),
     Scan(1, 33, 70, 16, groups=3, gate=True, reverse=True),
@@ -67,8 +66,9 @@ def record_launches(dtype: torch.dtype) -> list:
         for case in SCANS:
             inputs = case.inputs(dtype)
             tail = (case.softplus, case.reverse)
-            y, last = forward.selective_scan_forward(*inputs, *tail, dtype)
-            backward.selective_scan_backward(y, last, *inputs, *tail)
+            borders = import_module(f"{package}.op").kept_states(inputs[0], inputs[2], True)
+            y, last = forward.selective_scan_forward(*inputs, *tail, dtype, borders)
+            backward.selective_scan_backward(y, last, *inputs, *tail, borders)
         forward, backward = (import_module(f"{package}_2d.triton_{part}") for part in ("fwd", "bwd"))
         for case in SCANS_2D:
             inputs = case.inputs(dtype)
@@ -103,10 +103,12 @@ def record_launches(dtype: torch.dtype) -> list:
         for case in SWIGLUS:
             (x,) = case.inputs(dtype)
             backward.swiglu_backward(forward.swiglu_forward(x), x)
-        forward = import_module("mmvssm_kernels.bias_activation.triton_fwd")
+        package = "mmvssm_kernels.bias_activation"
+        forward, backward = (import_module(f"{package}.triton_{part}") for part in ("fwd", "bwd"))
         for case in BIASES:
             x, bias, residual = case.inputs(dtype)
-            forward.bias_activation_forward(x, bias, case.activation, residual)
+            y = forward.bias_activation_forward(x, bias, case.activation, residual)
+            backward.bias_activation_backward(y, x, bias, case.activation)
         package = "mmvssm_kernels.bidirectional_gla"
         forward, backward = (import_module(f"{package}.triton_{part}") for part in ("fwd", "bwd"))
         for case in ATTENTIONS:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mmvssm_kernels.testing import OPERATORS, TOLERANCES, Scan2d, check_operator, poisoned_memory, relative_error
+from mmvssm_kernels.testing import OPERATORS, TOLERANCES, Scan, Scan2d, check_operator, poisoned_memory, relative_error
 
-from .cases import LARGE, SHORT, WITH_OUT_DTYPE, case_id
+from .cases import LARGE, SHORT, WITH_OUT_DTYPE, case_id, laid_out_as_in_models
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -59,6 +59,14 @@ def test_strides(case, layout):
     dense = [x.contiguous(), *inputs[1:]]
     for got, want in zip(run(case, [x, *inputs[1:]]), run(case, dense), strict=True):
         assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", [Scan(2, 72, 45, 8), Scan(2, 40, 77, 16, 2, True, True)], ids=case_id)
+def test_scan_of_inputs_laid_out_as_in_models(case, dtype):
+    inputs = case.inputs(dtype, "cuda")
+    for got, want in zip(run(case, laid_out_as_in_models(inputs)), run(case, inputs), strict=True):
+        assert relative_error(got, want) < TOLERANCES[dtype][1]
 
 
 @pytest.mark.parametrize("case", WITH_OUT_DTYPE, ids=case_id)

@@ -81,7 +81,9 @@ def test_three_and_four_dimensional_weights_agree():
 def test_opcheck(case):
     inputs = [None if t is None else t.requires_grad_() for t in case.inputs(torch.float32)]
     if isinstance(case, Scan):
-        torch.library.opcheck(torch.ops.mmvssm.selective_scan.default, (*inputs, True, False, inputs[0].dtype, "auto"))
+        torch.library.opcheck(
+            torch.ops.mmvssm.selective_scan.default, (*inputs, True, False, True, inputs[0].dtype, "auto")
+        )
     else:
         torch.library.opcheck(torch.ops.mmvssm.selective_scan_2d.default, (*inputs, torch.float32, "auto"))
 

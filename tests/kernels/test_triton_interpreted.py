@@ -11,10 +11,11 @@ import sys
 import pytest
 import torch
 
+from mmvssm_kernels import selective_scan
 from mmvssm_kernels.dispatch import interpreting, triton_importable
-from mmvssm_kernels.testing import OPERATORS, BidirectionalGla, check_operator, poisoned_memory
+from mmvssm_kernels.testing import OPERATORS, BidirectionalGla, Scan, check_operator, poisoned_memory, relative_error
 
-from .cases import INTERPRETED, case_id
+from .cases import INTERPRETED, case_id, laid_out_as_in_models
 
 pytestmark = pytest.mark.skipif(not triton_importable(), reason="Triton has no wheels for this platform")
 
@@ -31,11 +32,14 @@ if interpreting():
         from mmvssm_kernels.selective_scan import triton_launch
         from mmvssm_kernels.selective_scan_2d import segments as selective_scan_2d
 
+        # Smaller blocks than on a GPU: the interpreter walks through a tile element by element.
+        for form in ("forward_form", "backward_form"):
+            monkeypatch.setattr(triton_launch, form, lambda state: (16, 1, 4, None))
         monkeypatch.setattr(bidirectional_gla, "_ENOUGH_ROWS", 1)
         monkeypatch.setattr(bidirectional_gla, "_GROUP", 2)
         if segments == "several":
             monkeypatch.setattr(bidirectional_gla, "_ENOUGH_ROWS", 1000)
-            monkeypatch.setattr(triton_launch, "_MIN_TILES_PER_SEGMENT", 1)
+            monkeypatch.setattr(triton_launch, "_MIN_TOKENS_PER_SEGMENT", 1)
             monkeypatch.setattr(selective_scan_2d, "_SEGMENT_TILES", 1)
             monkeypatch.setattr(selective_scan_2d, "_SEGMENT_TILES_MANY_STATES", 2)
             monkeypatch.setattr(bidirectional_selective_scan, "_MIN_TILES_PER_SEGMENT", 1)
@@ -51,6 +55,18 @@ if interpreting():
     @pytest.mark.parametrize("case", [INTERPRETED[3], BidirectionalGla(1, 40, 1, 8, 24, decay=-1.0)], ids=case_id)
     def test_half_precision_inputs(case):
         check_operator(OPERATORS[type(case)], case, torch.float16, "cpu", "triton")
+
+    def test_scan_of_inputs_laid_out_as_in_models():
+        case = Scan(2, 6, 11, 2, groups=2, gate=True, reverse=True)
+        inputs = [t.requires_grad_() for t in laid_out_as_in_models(case.inputs(torch.float32))]
+        results = []
+        for backend in ("triton", "reference"):
+            outputs = selective_scan(*inputs, **case.options(), backend=backend)
+            torch.manual_seed(0)
+            upstream = [torch.randn(t.shape) for t in outputs]
+            results.append([*outputs, *torch.autograd.grad(outputs, inputs, upstream)])
+        for got, want in zip(*results, strict=True):
+            assert relative_error(got, want) < 1e-5
 
 else:
 

@@ -21,8 +21,7 @@ def bias_activation(
     """What follows a convolution whose batch norm has been folded into it: ``activation(x + bias) + residual``.
 
     Channels are the last axis; of a convolution's channels_last result that is ``y.permute(0, 2, 3, 1)``. Computed in
-    float32 (float64 for float64 inputs) and rounded once. Made for inference: there are gradients, but only the forward
-    pass has a kernel. Twice differentiation is not supported.
+    float32 (float64 for float64 inputs) and rounded once. Twice differentiation is not supported.
 
     Args:
         x: Result of the convolution without its bias (..., D), float16, bfloat16, float32 or float64, any strides.

@@ -35,25 +35,47 @@ def _(x, bias, activation, residual, backend):
     return x.new_empty(x.shape)
 
 
+@torch.library.custom_op("mmvssm::bias_activation_backward", mutates_args=())
+def bias_activation_backward_op(
+    dy: Tensor, x: Tensor, bias: Tensor, activation: str | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, contiguous, and of bias."""
+
+    def triton_call():
+        from .triton_bwd import bias_activation_backward
+
+        return bias_activation_backward(dy, x, bias, activation)
+
+    def torch_call():
+        dtype = computing_dtype(x)
+        gradient = dy.to(dtype)
+        if activation is not None:
+            before = x.to(dtype) + bias.to(dtype)
+            if activation == "relu":
+                gradient = gradient * (before > 0)
+            else:
+                gradient = torch.ops.aten.gelu_backward(gradient, before, approximate="tanh")
+        dbias = bias.new_empty(bias.shape).copy_(gradient.reshape(-1, x.shape[-1]).sum(0))
+        return x.new_empty(x.shape).copy_(gradient), dbias
+
+    return dispatch.run("bias_activation", backend, x, triton_call, torch_call, max_batch=None)
+
+
+@bias_activation_backward_op.register_fake
+def _(dy, x, bias, activation, backend):
+    return x.new_empty(x.shape), bias.new_empty(bias.shape)
+
+
 def _setup_context(ctx, inputs, output):
-    x, bias, ctx.activation, residual, _ = inputs
+    x, bias, ctx.activation, residual, ctx.backend = inputs
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.save_for_backward(x, bias)
 
 
 def _backward(ctx, dy):
-    x, bias = ctx.saved_tensors
-    dtype = computing_dtype(x)
-    gradient = dy.to(dtype)
-    if ctx.activation is not None:
-        before = x.to(dtype) + bias.to(dtype)
-        if ctx.activation == "relu":
-            gradient = gradient * (before > 0)
-        else:
-            gradient = torch.ops.aten.gelu_backward(gradient, before, approximate="tanh")
-    dbias = gradient.flatten(0, -2).sum(0).to(bias.dtype) if x.dim() > 1 else gradient.to(bias.dtype)
+    dx, dbias = torch.ops.mmvssm.bias_activation_backward(dy, *ctx.saved_tensors, ctx.activation, ctx.backend)
     dresidual = None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype)
-    return gradient.to(x.dtype), dbias, None, dresidual, None
+    return dx, dbias, None, dresidual, None
 
 
 bias_activation_op.register_autograd(_backward, setup_context=_setup_context)
@@ -62,4 +84,10 @@ bias_activation_op.register_autograd(_backward, setup_context=_setup_context)
 @flop_formula("bias_activation")
 def _flops(*shapes, out_shape=None, **kwargs) -> int:
     """None, as torch's FLOP counter counts for biases and activations."""
+    return 0
+
+
+@flop_formula("bias_activation_backward")
+def _backward_flops(*shapes, out_shape=None, **kwargs) -> int:
+    """None, as in the forward pass."""
     return 0

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..row_sums import sum_rows
 from .layout import empty_in_order
 from .triton_fwd import RUN_TIME_SIZES, load_bias, load_row, load_tap, locate, weighted_sum
 from .triton_launch import Launch, token_major
@@ -151,7 +152,7 @@ def causal_conv1d_backward(dy, x, weight, bias, activation, reverse, padding) ->
     causal_conv1d_bwd_kernel[launch.grid](
         *launch.tensors, dy, dx, sums, *launch.sizes, *launch.strides, dy.stride(0), dy.stride(2), **launch.constants
     )
-    sums = sums.sum(0)
+    sums = sum_rows(sums.view(len(sums), -1), torch.float32).view(width + 1, channels)
     dx = dx.transpose(1, 2)
     return (
         dx if launch.channel_last_result else empty_in_order(x).copy_(dx),

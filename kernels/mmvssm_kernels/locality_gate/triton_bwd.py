@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..row_sums import sum_rows
 from ..rows import rows_of
 from .triton_fwd import RUN_TIME_SIZES, block_sizes, load_gate, load_tile, load_weight, locate, unit_rows
 
@@ -86,5 +87,5 @@ def locality_gate_backward(dy, long, x, logits, weight, bias, eps, silu) -> tupl
     locality_gate_bwd_kernel[(n_programs,)](*arguments, SILU=silu, **blocks)
     dbias = long.new_empty(0)
     if bias is not None:
-        dbias = gradients[2].view(-1, heads * values).sum(0, dtype=torch.float32).to(bias.dtype)
-    return *gradients, dweight.sum(0).to(weight.dtype), dbias
+        dbias = sum_rows(gradients[2].view(-1, heads * values), bias.dtype)
+    return *gradients, sum_rows(dweight, weight.dtype), dbias

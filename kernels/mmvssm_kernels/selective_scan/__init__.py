@@ -86,5 +86,10 @@ def selective_scan(
     elif batch == 0:
         y, last = u.to(out_dtype, copy=True), A.new_zeros(0, channels, state)
     else:
-        y, last = selective_scan_op(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, out_dtype, backend)
+        tensors = (u, delta, A, B, C, D, z, delta_bias)
+        # The kernels keep some states for the backward pass; inference and torch do not need them.
+        learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        keep_states = learns and (u.is_cuda or backend == "triton")
+        options = (delta_softplus, reverse, keep_states, out_dtype, backend)
+        y, last, _ = selective_scan_op(*tensors, *options)
     return (y, last) if return_last_state else y
