@@ -7,23 +7,28 @@ from torch import Tensor
 from .segments import TILE_TOKENS, count_segments, segment_tiles
 from .triton_states import selective_scan_2d_carry_kernel, selective_scan_2d_states_kernel
 
-# Tokens, sequences and channels of a tile, and the channels of a lane: 32 lanes of 4 channels by 4 tokens.
-TILE = {"T": TILE_TOKENS, "Q": 4, "C": 32, "V": 4}
+# Tokens and sequences of a tile, and the channels of each of the 4 lanes of a token.
+import os
+_V = int(os.environ.get("SS2D_V", 8))
+TILE = {"T": TILE_TOKENS, "Q": 8, "V": _V}
 
 
 def pixel_uniform(x: Tensor) -> Tensor:
-    """``x`` (B, D, H, W), copied unless its channels are adjacent and one stride leads from each pixel to the next."""
-    height, width = x.shape[2:]
-    uniform = width == 1 or height == 1 or x.stride(2) == width * x.stride(3)
-    adjacent = x.shape[1] == 1 or x.stride(1) == 1
-    return x if uniform and adjacent else x.contiguous(memory_format=torch.channels_last)
+    """``x`` (B, D, H, W), copied unless channels are adjacent and one stride leads from each pixel of all to the next."""
+    batch, channels, height, width = x.shape
+    stride = pixel_stride(x)
+    strides = ((channels, x.stride(1), 1), (height, x.stride(2), width * stride), (width, x.stride(3), stride))
+    strides += ((batch, x.stride(0), height * width * stride),)
+    uniform = all(size == 1 or given == wanted for size, given, wanted in strides)
+    return x if uniform else x.contiguous(memory_format=torch.channels_last)
 
 
 def pixel_stride(x: Tensor) -> int:
     """Elements from one pixel to the next of a map that :func:`pixel_uniform` returned."""
-    if x.shape[2] == x.shape[3] == 1:
-        return x.shape[1]
-    return x.stride(3) if x.shape[3] > 1 else x.stride(2)
+    for axis in (3, 2, 0):
+        if x.shape[axis] > 1:
+            return x.stride(axis)
+    return x.shape[1]
 
 
 # Products of 16-bit operands that keep their float32 result exist from torch 2.8 on.
@@ -41,6 +46,16 @@ def project(rows: Tensor, weight: Tensor) -> Tensor:
     return rows.float() @ weight.float().T
 
 
+# Beside TF32 alone, the three products of its halves keep the layout that the kernels are written for.
+_EXACT = "ieee" if torch.version.hip else "tf32x3"
+OPTIONS = {"fwd": {}, "states": {}, "bwd": {}}
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Precision of products inside the kernels for inputs of a dtype."""
+    return _EXACT if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+
+
 class Launch:
     """Everything that forward and backward launches have in common."""
 
@@ -51,12 +66,9 @@ class Launch:
         self.flat = x.permute(0, 2, 3, 1).reshape(-1, self.channels)
         # One matrix product makes the projections of all directions at every pixel: (B, L, 4 (R + 2N)).
         self.projected = project(self.flat, x_proj_weight.flatten(0, 1))
-        self.step_weights = (dt_proj_weight.contiguous(), dt_proj_bias.contiguous())
-        self.skip = D.contiguous()
-        # Rates exp(A_log) as (4, N, D): neighbouring lanes hold neighbouring channels.
-        self.rates = A_log.float().exp().view(4, self.channels, self.state).transpose(1, 2).contiguous()
+        self.parameters = tuple(t.contiguous() for t in (dt_proj_weight, dt_proj_bias, A_log, D))
 
-        t, q, c = TILE["T"], TILE["Q"], TILE["C"]
+        t, q, c = TILE["T"], TILE["Q"], 4 * TILE["V"]
         self.blocks = triton.cdiv(self.channels, c)
         self.segments = count_segments(self.height, self.width, self.state)
         rows, columns = self.height * triton.cdiv(self.width, t), self.width * triton.cdiv(self.height, t)
@@ -66,18 +78,16 @@ class Launch:
         self.groups = triton.cdiv(self.sequences, q)
         self.grid = (self.blocks * self.groups,)
         self.sizes = (self.batch, self.height, self.width, self.tiles, self.segments)
-        full = self.height % t == self.width % t == self.channels % c == self.sequences % q == 0
-        full &= self.segments * self.tiles == rows == columns
         # Programs of one launch may not meet in a pixel: with several segments, rows and columns are two launches.
         self.pairs = ((0, 4),) if self.segments == 1 else ((0, 2), (2, 2))
         self.constants = dict(
             D=self.channels,
             R=self.rank,
             N=self.state,
-            FULL=full,
             **TILE,
             BLOCK_R=max(16, triton.next_power_of_2(self.rank + 1)),
-            PRECISION="ieee" if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32",
+            PRECISE=x.dtype == torch.float32,
+            PRECISION=_precision(x.dtype),
             num_warps=1,
             num_stages=1,
         )
@@ -100,21 +110,20 @@ class Launch:
         selective_scan_2d_states_kernel[(*self.grid, 4)](
             rows,
             self.projected,
-            *self.step_weights,
-            self.rates,
+            *self.parameters[:3],
             states,
             steps,
             *self.sizes,
-            rows.stride(0),
             pixel_stride(rows),
             ADJOINT=adjoint,
             **self.constants,
+            **OPTIONS["states"],
         )
         parts = min(32, triton.next_power_of_2(triton.cdiv(self.segments, 16)))
         block = 32
         grid = (self.batch * 4 * self.state * triton.cdiv(self.channels, block),)
         sizes = (self.segments, triton.cdiv(self.segments, parts), self.channels, self.state, adjoint)
         selective_scan_2d_carry_kernel[grid](
-            states, steps, entering, self.rates, *sizes, P=parts, S=8, C=block, num_warps=max(1, parts // 8)
+            states, steps, entering, self.parameters[2], *sizes, P=parts, S=8, C=block, num_warps=max(1, parts // 8)
         )
         return entering

@@ -10,15 +10,19 @@ import triton.language as tl
 
 from .triton_tile import (
     LN_2,
+    LOG2_E,
     chain,
     direction_geometry,
     load_low_rank,
-    load_step_weights,
+    load_rate,
+    load_rows,
+    load_tile,
     next_tile,
     raw_steps,
     scan_states,
     softplus_log2,
-    tile_pointers,
+    step_weights,
+    store_rows,
     tile_tokens,
 )
 
@@ -29,7 +33,7 @@ def selective_scan_2d_states_kernel(
     p_projected,
     p_dt_weight,
     p_dt_bias,
-    p_rate,
+    p_A_log,
     p_state,
     p_steps,
     batch,
@@ -37,94 +41,88 @@ def selective_scan_2d_states_kernel(
     width,
     n_tiles,
     n_segments,
-    stride_batch,
     stride_pixel: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
     N: tl.constexpr,
     ADJOINT: tl.constexpr,
-    FULL: tl.constexpr,
     T: tl.constexpr,
     Q: tl.constexpr,
-    C: tl.constexpr,
     V: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):
     """Local end states (batch, 4, segments, N, D) and sums of step sizes (batch, 4, segments, D).
 
     ``p_rows`` is x, or for ``ADJOINT`` the gradient of y; the adjoint flow obeys F[t-1] = a[t] (F[t] + C[t] dy[t]).
     """
     K: tl.constexpr = R + 2 * N
+    C: tl.constexpr = 4 * V
     N_BLOCKS: tl.constexpr = (D + C - 1) // C
-    o_channel = tl.program_id(0) % N_BLOCKS * C + tl.arange(0, C)
-    m_channel = o_channel < D
+    WIDTH: tl.constexpr = 2 if p_dt_weight.dtype.element_ty.primitive_bitwidth == 16 else 1
+    i_channel = tl.program_id(0) % N_BLOCKS * C
     i_direction = tl.program_id(1)
     i_sequence = tl.program_id(0) // N_BLOCKS * Q + tl.arange(0, Q)
     m_sequence = i_sequence < batch * n_segments
-    i_batch = (i_sequence // n_segments).to(tl.int64)
+    i_batch = i_sequence // n_segments
     i_segment = i_sequence % n_segments
+    o_image = i_batch * height * width
+    o_summary = (i_batch * 4 + i_direction) * n_segments + i_segment
 
     # Adjoint scans run against the direction.
     is_reverse = (i_direction >= 2) != ADJOINT
     n_outer, n_inner, n_tiles_inner, stride_outer, stride_inner = direction_geometry(
         i_direction % 2 == 1, height, width, T
     )
-    weight, bias = load_step_weights(p_dt_weight, p_dt_bias, o_channel, m_channel, i_direction, D, R, BLOCK_R)
-    p_rows += i_batch * stride_batch
-    p_projected += i_batch * height * width * (4 * K) + i_direction * K
-    o_summary = (i_batch * 4 + i_direction) * n_segments + i_segment
-    p_state += o_summary[:, None] * (N * D) + o_channel[None, :]
-    p_rate += i_direction * (N * D) + o_channel
-    m_state = m_sequence[:, None] & m_channel[None, :]
+    weight, bias = step_weights(p_dt_weight, p_dt_bias, i_channel, i_direction, D, R, BLOCK_R, V, PRECISION)
+    p_weight = p_projected + i_direction * K + (R + N * ADJOINT)
 
     i_tile = i_segment * n_tiles + tl.where(is_reverse, n_tiles - 1, 0)
     i_outer, i_inner = i_tile // n_tiles_inner, i_tile % n_tiles_inner
-    steps = tl.zeros((Q, C), tl.float32)
-    # One state stays in registers; several are kept in memory between tiles.
-    rate = tl.load(p_rate, mask=m_channel, other=0.0)
-    state = tl.zeros((Q, C), tl.float32)
     step = tl.where(is_reverse, -1, 1)
+    # One state stays in registers; several are kept in memory between tiles.
+    rate = load_rate(p_A_log, i_channel, i_direction, 0, D, N, C)
+    state = tl.zeros((Q, C), tl.float32)
+    steps = tl.zeros((Q, C), tl.float32)
     o_pixel, m_token = tile_tokens(
-        i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T, FULL
+        o_image, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T
     )
-    low_rank = load_low_rank(p_projected, o_pixel, m_token, 4 * K, R, BLOCK_R)
-    m_tile = m_token[:, :, None] & m_channel[None, None, :]
-    rows = tl.load(tile_pointers(p_rows, o_pixel, o_channel, stride_pixel, V), mask=m_tile, other=0.0)
+    low_rank = load_low_rank(p_projected, o_pixel, m_token, i_direction, K, R, BLOCK_R)
+    rows = load_tile(p_rows, o_pixel, m_token, i_channel, stride_pixel, D, V)
     for j in range(n_tiles):
-        raw = raw_steps(low_rank, weight, bias, T, PRECISION)
-        p_weight = p_projected[None, :] + o_pixel * (4 * K) + (R + N * ADJOINT)
-        b_weight = tl.load(p_weight, mask=m_token, other=0.0)
-        # The next tile's inputs are fetched before this one is computed. They come after the matrix product, since
-        # Triton gives a conflict of layouts to the later of the two, and scans want the layout of the loads.
+        raw = raw_steps(low_rank, m_token, weight, bias, WIDTH, PRECISION)
+        p_token = p_weight + o_pixel.to(tl.int64) * (4 * K)
+        b_weight = tl.load(p_token, mask=m_token, other=0.0)
+        m_now, rows_now = m_token, rows.to(tl.float32)
+        # The next tile's inputs are fetched before this one is computed.
         i_outer, i_inner = next_tile(i_outer, i_inner, n_tiles_inner, tl.where(j + 1 < n_tiles, step, 0))
-        o_pixel, m_next = tile_tokens(
-            i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T, FULL
+        o_pixel, m_token = tile_tokens(
+            o_image, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T
         )
-        low_rank = load_low_rank(p_projected, o_pixel, m_next, 4 * K, R, BLOCK_R)
-        m_tile = m_next[:, :, None] & m_channel[None, None, :]
-        rows_next = tl.load(tile_pointers(p_rows, o_pixel, o_channel, stride_pixel, V), mask=m_tile, other=0.0)
-        v = softplus_log2(raw)
-        if not FULL:
-            v = tl.where(m_token[:, :, None], v, 0.0)
-        rows = rows.to(tl.float32)
+        low_rank = load_low_rank(p_projected, o_pixel, m_token, i_direction, K, R, BLOCK_R)
+        rows = load_tile(p_rows, o_pixel, m_token, i_channel, stride_pixel, D, V)
+        v = softplus_log2(raw, PRECISE)
         steps += tl.sum(v, axis=0)
         if not ADJOINT:
-            rows *= v
+            rows_now *= v
         for n in range(N):
+            o_state = o_summary * N + n
             if N > 1:
-                rate = tl.load(p_rate + n * D, mask=m_channel, other=0.0)
-                state = tl.load(p_state + n * D, mask=m_state & (j > 0), other=0.0)
-                b_weight = tl.load(p_weight + n, mask=m_token, other=0.0)
+                rate = load_rate(p_A_log, i_channel, i_direction, n, D, N, C)
+                state = load_rows(p_state, o_state, m_sequence & (j > 0), i_channel, D, D, V)
+                b_weight = tl.load(p_token + n, mask=m_now, other=0.0)
             decay = tl.exp2(v * -rate[None, None, :])
-            value = decay * (rows * b_weight[:, :, None]) if ADJOINT else rows * (b_weight * LN_2)[:, :, None]
+            if ADJOINT:
+                value = decay * (rows_now * b_weight[:, :, None])
+            else:
+                value = rows_now * (b_weight * LN_2)[:, :, None]
             _, state = scan_states(decay, value, state)
             if N > 1:
-                tl.store(p_state + n * D, state, mask=m_state)
-        m_token, rows = m_next, rows_next
+                store_rows(p_state, state, o_state, m_sequence, i_channel, D, D, V)
     if N == 1:
-        tl.store(p_state, state, mask=m_state)
-    tl.store(p_steps + o_summary[:, None] * D + o_channel[None, :], steps, mask=m_state)
+        store_rows(p_state, state, o_summary, m_sequence, i_channel, D, D, V)
+    store_rows(p_steps, steps, o_summary, m_sequence, i_channel, D, D, V)
 
 
 @triton.jit
@@ -150,7 +148,7 @@ def selective_scan_2d_carry_kernel(
     p_state,
     p_steps,
     p_entering,
-    p_rate,
+    p_A_log,
     n_segments,
     n_part,
     D: tl.constexpr,
@@ -172,7 +170,8 @@ def selective_scan_2d_carry_kernel(
     m_channel = o_channel < D
     i_direction = i_sequence % 4
     is_reverse = (i_direction >= 2) != ADJOINT
-    rate = tl.load(p_rate + (i_direction * N + i_state) * D + o_channel, mask=m_channel, other=0.0)
+    p_rate = p_A_log + (i_direction * D + o_channel) * N + i_state
+    rate = tl.exp2(tl.load(p_rate, mask=m_channel, other=0.0).to(tl.float32) * LOG2_E)
     p_state += i_sequence * n_segments * (N * D) + i_state * D
     p_entering += i_sequence * n_segments * (N * D) + i_state * D
     p_steps += i_sequence * n_segments * D
