@@ -45,7 +45,7 @@ def selective_scan_2d_bwd_kernel(
     p_projected,
     p_dt_weight,
     p_dt_bias,
-    p_A_log,
+    p_rate,
     p_skip,
     p_entering,
     p_flow_entering,
@@ -119,7 +119,7 @@ def selective_scan_2d_bwd_kernel(
             store_rows(p_border, entering, o_border + n, m_sequence, i_channel, D, D, V)
         # One state stays in registers; several are read back from where they were laid down.
         state = load_rows(p_entering, o_entering, m_entering, i_channel, D, D, V)
-        rate = load_rate(p_A_log, i_channel, i_direction, 0, D, N, C)
+        rate = load_rate(p_rate, m_sequence, i_channel, i_direction, 0, D, N, V)
         o_pixel, m_token = tile_tokens(
             o_image, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T
         )
@@ -142,10 +142,10 @@ def selective_scan_2d_bwd_kernel(
             for n in range(N):
                 o_state = o_border + j * N + n
                 if N > 1:
-                    rate = load_rate(p_A_log, i_channel, i_direction, n, D, N, C)
+                    rate = load_rate(p_rate, m_sequence, i_channel, i_direction, n, D, N, V)
                     state = load_rows(p_border, o_state, m_sequence, i_channel, D, D, V)
                     b_B = tl.load(p_token + n, mask=m_now, other=0.0)
-                decay = tl.exp2(v * -rate[None, None, :])
+                decay = tl.exp2(v * -rate[None, :, :])
                 _, state = scan_states(decay, x_now * (b_B * LN_2)[:, :, None], state)
                 store_rows(p_border, state, o_state + N, m_sequence, i_channel, D, D, V)
         tl.debug_barrier()  # states and sums may be read by other threads of this program than wrote them
@@ -155,7 +155,7 @@ def selective_scan_2d_bwd_kernel(
         weight, bias = step_weights(p_dt_weight, p_dt_bias, i_channel, i_direction, D, R, BLOCK_R, V, PRECISION)
         weight_back = step_weights_back(p_dt_weight, i_channel, i_direction, D, R, BLOCK_R, V, WIDTH_BACK, PRECISION)
         skip = tl.load(p_skip + i_direction * D + o_channel, mask=m_channel, other=0.0).to(tl.float32)
-        rate = load_rate(p_A_log, i_channel, i_direction, 0, D, N, C)
+        rate = load_rate(p_rate, m_sequence, i_channel, i_direction, 0, D, N, V)
         flow = load_rows(p_flow_entering, o_entering, m_entering, i_channel, D, D, V)
         drate = tl.zeros((Q, C), tl.float32)
         dskip = tl.zeros((Q, C), tl.float32)
@@ -194,29 +194,29 @@ def selective_scan_2d_bwd_kernel(
                 if N > 1:
                     is_start = j == n_tiles - 1
                     o_flow = i_sequence * N + n
-                    rate = load_rate(p_A_log, i_channel, i_direction, n, D, N, C)
+                    rate = load_rate(p_rate, m_sequence, i_channel, i_direction, n, D, N, V)
                     flow = load_rows(p_flow, o_flow, m_sequence & (not is_start), i_channel, D, D, V)
                     m_start = m_entering & is_start
                     flow += load_rows(p_flow_entering, o_entering + n, m_start, i_channel, D, D, V)
                     state = load_rows(p_border, o_border + j * N + n, m_sequence, i_channel, D, D, V)
                     b_B = tl.load(p_token + n, mask=m_now, other=0.0)
                     b_C = tl.load(p_token + N + n, mask=m_now, other=0.0)
-                decay = tl.exp2(v * -rate[None, None, :])
+                decay = tl.exp2(v * -rate[None, :, :])
                 states, inflow = scan_states_and_inflow(decay, uv * (b_B * LN_2)[:, :, None], state)
                 dC = tl.sum(states * dy, axis=2)
                 grad, flow = scan_adjoint(decay, dy * b_C[:, :, None], flow)
                 dB = tl.sum(grad * uv, axis=2) * LN_2
                 dinput += grad * b_B[:, :, None]
                 inflow *= grad
-                ddecay += inflow * rate[None, None, :]
+                ddecay += inflow * rate[None, :, :]
                 p_dtoken = p_dB + o_now.to(tl.int64) * (4 * K) + n
                 tl.store(p_dtoken, dB, mask=m_now)
                 tl.store(p_dtoken + N, dC, mask=m_now)
                 if N > 1:
                     store_rows(p_flow, flow, o_flow, m_sequence, i_channel, D, D, V)
-                    sum_rate = tl.sum(tl.sum(inflow * v, axis=0), axis=0)
+                    sum_rate = tl.sum(tl.sum(inflow * v, axis=0) * rate, axis=0)
                     p_drate = p_dparameters + (i_direction * (R + 2 + N) + R + 2 + n) * D + o_channel
-                    sum_rate = tl.load(p_drate, mask=m_channel & (not is_start), other=0.0) - sum_rate * rate * LN_2
+                    sum_rate = tl.load(p_drate, mask=m_channel & (not is_start), other=0.0) - sum_rate * LN_2
                     tl.store(p_drate, sum_rate, mask=m_channel)
                 else:
                     drate += tl.sum(inflow * v, axis=0)
@@ -240,7 +240,7 @@ def selective_scan_2d_bwd_kernel(
         )
         tl.store(p_dparameter + (R + 1) * D, tl.sum(dskip, axis=0), mask=m_channel)
         if N == 1:
-            tl.store(p_dparameter + (R + 2) * D, tl.sum(drate, axis=0) * (rate * -LN_2), mask=m_channel)
+            tl.store(p_dparameter + (R + 2) * D, tl.sum(drate * rate, axis=0) * -LN_2, mask=m_channel)
 
 
 def selective_scan_2d_backward(

@@ -17,14 +17,15 @@ from .triton_tile import (
     direction_geometry,
     load_low_rank,
     load_rate,
-    load_rows,
+    load_states,
     load_tile,
     next_tile,
     raw_steps,
+    row,
     scan_states,
+    set_row,
     softplus_log2,
     step_weights,
-    store_rows,
     store_tile,
     tile_tokens,
 )
@@ -36,10 +37,9 @@ def selective_scan_2d_fwd_kernel(
     p_projected,
     p_dt_weight,
     p_dt_bias,
-    p_A_log,
+    p_rate,
     p_skip,
     p_entering,
-    p_state,
     p_sum,
     p_y,
     batch,
@@ -62,8 +62,7 @@ def selective_scan_2d_fwd_kernel(
 ):
     """``count`` directions in the order 0, 2, 1, 3 from the ``first`` on, added to p_sum (batch, H, W, D), float32.
 
-    The last of the four goes to p_y. ``p_state`` (sequences, N, D) holds the states between the tiles of a walk; the
-    threads that write a state are those that read it.
+    The last of the four goes to p_y.
     """
     K: tl.constexpr = R + 2 * N
     C: tl.constexpr = 4 * V
@@ -88,9 +87,8 @@ def selective_scan_2d_fwd_kernel(
         o_entering = ((i_batch * 4 + i_direction) * n_segments + i_segment) * N
         i_tile = i_segment * n_tiles + tl.where(is_reverse, n_tiles - 1, 0)
         i_outer, i_inner = i_tile // n_tiles_inner, i_tile % n_tiles_inner
-        # One state stays in registers; several are kept in memory between tiles.
-        rate = load_rate(p_A_log, i_channel, i_direction, 0, D, N, C)
-        state = load_rows(p_entering, o_entering, m_entering, i_channel, D, D, V)
+        rate = load_rate(p_rate, m_sequence, i_channel, i_direction, 0, D, N, V)
+        state = load_states(p_entering, o_entering, m_entering, i_channel, D, N, V)
         tl.debug_barrier()  # what the walk before stored may be read by other threads of this program
         o_pixel, m_token = tile_tokens(
             o_image, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T
@@ -101,8 +99,6 @@ def selective_scan_2d_fwd_kernel(
             raw = raw_steps(low_rank, m_token, weight, bias, WIDTH, PRECISION)
             y = load_tile(p_sum, o_pixel, m_token & (i > 0), i_channel, D, D, V)
             p_token = p_B + o_pixel.to(tl.int64) * (4 * K)
-            b_B = tl.load(p_token, mask=m_token, other=0.0)
-            b_C = tl.load(p_token + N, mask=m_token, other=0.0)
             o_now, m_now, x_now = o_pixel, m_token, x.to(tl.float32)
             # The next tile's inputs are fetched before this one is computed.
             i_outer, i_inner = next_tile(i_outer, i_inner, n_tiles_inner, tl.where(j + 1 < n_tiles, step, 0))
@@ -114,19 +110,15 @@ def selective_scan_2d_fwd_kernel(
             v = softplus_log2(raw, PRECISE)
             y = y + skip[None, None, :] * x_now
             x_now *= v
-            for n in range(N):
+            for n in tl.static_range(N):
                 if N > 1:
-                    o_state = i_sequence * N + n
-                    rate = load_rate(p_A_log, i_channel, i_direction, n, D, N, C)
-                    state = load_rows(p_state, o_state, m_sequence & (j > 0), i_channel, D, D, V)
-                    state += load_rows(p_entering, o_entering + n, m_entering & (j == 0), i_channel, D, D, V)
-                    b_B = tl.load(p_token + n, mask=m_now, other=0.0)
-                    b_C = tl.load(p_token + N + n, mask=m_now, other=0.0)
-                decay = tl.exp2(v * -rate[None, None, :])
-                states, state = scan_states(decay, x_now * (b_B * LN_2)[:, :, None], state)
+                    rate = load_rate(p_rate, m_sequence, i_channel, i_direction, n, D, N, V)
+                b_B = tl.load(p_token + n, mask=m_now, other=0.0)
+                b_C = tl.load(p_token + N + n, mask=m_now, other=0.0)
+                decay = tl.exp2(v * -rate[None, :, :])
+                states, last = scan_states(decay, x_now * (b_B * LN_2)[:, :, None], row(state, n))
                 y = y + states * b_C[:, :, None]
-                if N > 1:
-                    store_rows(p_state, state, o_state, m_sequence, i_channel, D, D, V)
+                state = set_row(state, last, n)
             if i == 3:
                 store_tile(p_y, y, o_now, m_now, i_channel, D, D, V)
             else:
@@ -145,7 +137,7 @@ def selective_scan_2d_forward(
     y = x.new_empty(launch.batch, launch.height, launch.width, launch.channels, dtype=out_dtype)
     total = y if out_dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
     tensors = (launch.x, launch.projected, *launch.parameters, entering)
-    arguments = (*tensors, launch.walk_states(), total, y, *launch.sizes)
+    arguments = (*tensors, total, y, *launch.sizes)
     for first, count in launch.pairs:
         selective_scan_2d_fwd_kernel[launch.grid](
             *arguments, first, count, pixel_stride(launch.x), **launch.constants, **OPTIONS["fwd"]

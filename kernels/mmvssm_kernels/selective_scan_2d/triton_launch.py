@@ -66,6 +66,8 @@ class Launch:
         self.flat = x.permute(0, 2, 3, 1).reshape(-1, self.channels)
         # One matrix product makes the projections of all directions at every pixel: (B, L, 4 (R + 2N)).
         self.projected = project(self.flat, x_proj_weight.flatten(0, 1))
+        if self.state > 1:
+            A_log = A_log.float().exp().view(4, self.channels, self.state).transpose(1, 2)
         self.parameters = tuple(t.contiguous() for t in (dt_proj_weight, dt_proj_bias, A_log, D))
 
         t, q, c = TILE["T"], TILE["Q"], 4 * TILE["V"]

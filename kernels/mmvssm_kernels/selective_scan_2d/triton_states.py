@@ -15,14 +15,16 @@ from .triton_tile import (
     direction_geometry,
     load_low_rank,
     load_rate,
-    load_rows,
     load_tile,
     next_tile,
     raw_steps,
     scan_states,
     softplus_log2,
     step_weights,
+    row,
+    set_row,
     store_rows,
+    store_states,
     tile_tokens,
 )
 
@@ -33,7 +35,7 @@ def selective_scan_2d_states_kernel(
     p_projected,
     p_dt_weight,
     p_dt_bias,
-    p_A_log,
+    p_rate,
     p_state,
     p_steps,
     batch,
@@ -81,9 +83,8 @@ def selective_scan_2d_states_kernel(
     i_tile = i_segment * n_tiles + tl.where(is_reverse, n_tiles - 1, 0)
     i_outer, i_inner = i_tile // n_tiles_inner, i_tile % n_tiles_inner
     step = tl.where(is_reverse, -1, 1)
-    # One state stays in registers; several are kept in memory between tiles.
-    rate = load_rate(p_A_log, i_channel, i_direction, 0, D, N, C)
-    state = tl.zeros((Q, C), tl.float32)
+    rate = load_rate(p_rate, m_sequence, i_channel, i_direction, 0, D, N, V)
+    state = tl.zeros((triton.next_power_of_2(N), Q, C), tl.float32)
     steps = tl.zeros((Q, C), tl.float32)
     o_pixel, m_token = tile_tokens(
         o_image, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T
@@ -93,7 +94,6 @@ def selective_scan_2d_states_kernel(
     for j in range(n_tiles):
         raw = raw_steps(low_rank, m_token, weight, bias, WIDTH, PRECISION)
         p_token = p_weight + o_pixel.to(tl.int64) * (4 * K)
-        b_weight = tl.load(p_token, mask=m_token, other=0.0)
         m_now, rows_now = m_token, rows.to(tl.float32)
         # The next tile's inputs are fetched before this one is computed.
         i_outer, i_inner = next_tile(i_outer, i_inner, n_tiles_inner, tl.where(j + 1 < n_tiles, step, 0))
@@ -106,22 +106,18 @@ def selective_scan_2d_states_kernel(
         steps += tl.sum(v, axis=0)
         if not ADJOINT:
             rows_now *= v
-        for n in range(N):
-            o_state = o_summary * N + n
+        for n in tl.static_range(N):
             if N > 1:
-                rate = load_rate(p_A_log, i_channel, i_direction, n, D, N, C)
-                state = load_rows(p_state, o_state, m_sequence & (j > 0), i_channel, D, D, V)
-                b_weight = tl.load(p_token + n, mask=m_now, other=0.0)
-            decay = tl.exp2(v * -rate[None, None, :])
+                rate = load_rate(p_rate, m_sequence, i_channel, i_direction, n, D, N, V)
+            b_weight = tl.load(p_token + n, mask=m_now, other=0.0)
+            decay = tl.exp2(v * -rate[None, :, :])
             if ADJOINT:
                 value = decay * (rows_now * b_weight[:, :, None])
             else:
                 value = rows_now * (b_weight * LN_2)[:, :, None]
-            _, state = scan_states(decay, value, state)
-            if N > 1:
-                store_rows(p_state, state, o_state, m_sequence, i_channel, D, D, V)
-    if N == 1:
-        store_rows(p_state, state, o_summary, m_sequence, i_channel, D, D, V)
+            _, last = scan_states(decay, value, row(state, n))
+            state = set_row(state, last, n)
+    store_states(p_state, state, o_summary * N, m_sequence, i_channel, D, N, V)
     store_rows(p_steps, steps, o_summary, m_sequence, i_channel, D, D, V)
 
 
@@ -148,7 +144,7 @@ def selective_scan_2d_carry_kernel(
     p_state,
     p_steps,
     p_entering,
-    p_A_log,
+    p_rate,
     n_segments,
     n_part,
     D: tl.constexpr,
@@ -170,8 +166,9 @@ def selective_scan_2d_carry_kernel(
     m_channel = o_channel < D
     i_direction = i_sequence % 4
     is_reverse = (i_direction >= 2) != ADJOINT
-    p_rate = p_A_log + (i_direction * D + o_channel) * N + i_state
-    rate = tl.exp2(tl.load(p_rate, mask=m_channel, other=0.0).to(tl.float32) * LOG2_E)
+    rate = tl.load(p_rate + (i_direction * N + i_state) * D + o_channel, mask=m_channel, other=0.0).to(tl.float32)
+    if N == 1:
+        rate = tl.exp2(rate * LOG2_E)
     p_state += i_sequence * n_segments * (N * D) + i_state * D
     p_entering += i_sequence * n_segments * (N * D) + i_state * D
     p_steps += i_sequence * n_segments * D

@@ -163,6 +163,26 @@ def store_rows(p_rows, rows, o_row, m_row, i_first, STRIDE: tl.constexpr, D: tl.
 
 
 @triton.jit
+def _state_rows(o_first, m_first, N: tl.constexpr):
+    i_state = tl.arange(0, triton.next_power_of_2(N))
+    return o_first[None, :] + i_state[:, None], m_first[None, :] & (i_state < N)[:, None]
+
+
+@triton.jit
+def load_states(p_rows, o_first, m_first, i_first, D: tl.constexpr, N: tl.constexpr, V: tl.constexpr):
+    """N rows from ``o_first`` (Q) on for each sequence, (N, Q, C), padded to a power of two."""
+    o_row, m_row = _state_rows(o_first, m_first, N)
+    return load_tile(p_rows, o_row, m_row, i_first, D, D, V)
+
+
+@triton.jit
+def store_states(p_rows, states, o_first, m_first, i_first, D: tl.constexpr, N: tl.constexpr, V: tl.constexpr):
+    """The counterpart of :func:`load_states`."""
+    o_row, m_row = _state_rows(o_first, m_first, N)
+    store_tile(p_rows, states, o_row, m_row, i_first, D, D, V)
+
+
+@triton.jit
 def load_low_rank(p_projected, o_pixel, m_token, i_direction, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
     """Low-rank step sizes of a tile, (T, Q, BLOCK_R); from R on they are other finite numbers or zero.
 
@@ -290,11 +310,16 @@ def store_low_rank(p_first, dlow, o_row, m_token, STRIDE: tl.constexpr, R: tl.co
 
 
 @triton.jit
-def load_rate(p_A_log, i_first, i_direction, n, D: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
-    """Rates (C) of state n: a decay is exp2(-v rate)."""
-    o_channel = i_first + tl.arange(0, C)
-    A_log = tl.load(p_A_log + (i_direction * D + o_channel) * N + n, mask=o_channel < D, other=0.0)
-    return tl.exp2(A_log.to(tl.float32) * LOG2_E)
+def load_rate(p_rate, m_sequence, i_first, i_direction, n, D: tl.constexpr, N: tl.constexpr, V: tl.constexpr):
+    """Rates (Q, C) of state n, the same for every sequence: a decay is exp2(-v rate).
+
+    p_rate is (4, N, D) or, if there is one state, its logarithm, the parameter itself.
+    """
+    o_row = tl.zeros(m_sequence.shape, tl.int32) + (i_direction * N + n)
+    rate = load_rows(p_rate, o_row, m_sequence, i_first, D, D, V).to(tl.float32)
+    if N == 1:
+        rate = tl.exp2(rate * LOG2_E)
+    return rate
 
 
 @triton.jit
@@ -321,7 +346,7 @@ def _pick(wanted_1, value_1, wanted_2, value_2):
 
 
 @triton.jit
-def _token(tile, TOKEN: tl.constexpr):
+def row(tile, TOKEN: tl.constexpr):
     """Token ``TOKEN`` (Q, C) of a tile. It is in registers and the indices are known, so this costs nothing.
 
     Scans are spelled out token by token, because ``tl.associative_scan`` has a layout of its own.
@@ -332,7 +357,7 @@ def _token(tile, TOKEN: tl.constexpr):
 
 
 @triton.jit
-def _set_token(tile, token, TOKEN: tl.constexpr):
+def set_row(tile, token, TOKEN: tl.constexpr):
     return tl.where((tl.arange(0, tile.shape[0]) == TOKEN)[:, None, None], token[None, :, :], tile)
 
 
@@ -341,8 +366,8 @@ def scan_states(decay, value, state):
     """States (T, Q, C) of a tile, and the last one (Q, C), from the state that enters it."""
     states = value
     for t in tl.static_range(decay.shape[0]):
-        state = _token(decay, t) * state + _token(value, t)
-        states = _set_token(states, state, t)
+        state = row(decay, t) * state + row(value, t)
+        states = set_row(states, state, t)
     return states, state
 
 
@@ -351,10 +376,10 @@ def scan_states_and_inflow(decay, value, state):
     """States (T, Q, C) and the part ``decay[t] state[t - 1]`` of each, without cancellation."""
     states, inflows = value, value
     for t in tl.static_range(decay.shape[0]):
-        inflow = _token(decay, t) * state
-        state = inflow + _token(value, t)
-        inflows = _set_token(inflows, inflow, t)
-        states = _set_token(states, state, t)
+        inflow = row(decay, t) * state
+        state = inflow + row(value, t)
+        inflows = set_row(inflows, inflow, t)
+        states = set_row(states, state, t)
     return states, inflows
 
 
@@ -367,7 +392,7 @@ def scan_adjoint(decay, value, flow):
     grads = value
     T: tl.constexpr = decay.shape[0]
     for i in tl.static_range(T):
-        grad = _token(value, T - 1 - i) + flow
-        flow = _token(decay, T - 1 - i) * grad
-        grads = _set_token(grads, grad, T - 1 - i)
+        grad = row(value, T - 1 - i) + flow
+        flow = row(decay, T - 1 - i) * grad
+        grads = set_row(grads, grad, T - 1 - i)
     return grads, flow
