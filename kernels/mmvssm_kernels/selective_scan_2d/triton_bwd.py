@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import OPTIONS, Launch, pixel_stride, pixel_uniform
+from .triton_launch import Launch, pixel_stride, pixel_uniform
 from .triton_tile import (
     LN_2,
     direction_geometry,
@@ -235,9 +235,7 @@ def selective_scan_2d_bwd_kernel(
             low_now = round_tf32(tl.reshape(low_now, (T * Q, BLOCK_R)), PRECISION)
             dweight += tl.dot(tl.trans(low_now), tl.reshape(draw, (T * Q, C)), input_precision=PRECISION)
         p_dparameter = p_dparameters + i_direction * ((R + 2 + N) * D) + o_channel
-        tl.store(
-            p_dparameter[None, :] + o_rank[:, None] * D, dweight, mask=(o_rank <= R)[:, None] & m_channel[None, :]
-        )
+        tl.store(p_dparameter[None, :] + o_rank[:, None] * D, dweight, mask=(o_rank <= R)[:, None] & m_channel[None, :])
         tl.store(p_dparameter + (R + 1) * D, tl.sum(dskip, axis=0), mask=m_channel)
         if N == 1:
             tl.store(p_dparameter + (R + 2) * D, tl.sum(drate * rate, axis=0) * -LN_2, mask=m_channel)
@@ -250,7 +248,7 @@ def selective_scan_2d_backward(
 
     ``entering`` is what the forward pass returned beside its result.
     """
-    launch = Launch(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    launch = Launch(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, backward=True)
     dy = pixel_uniform(dy)
     batch, channels, rank, state = launch.batch, launch.channels, launch.rank, launch.state
     flows = launch.entering_states(dy, adjoint=True)
@@ -274,7 +272,7 @@ def selective_scan_2d_backward(
             count,
             pixel_stride(launch.x),
             pixel_stride(dy),
-            **launch.constants, **OPTIONS["bwd"],
+            **launch.constants,
         )
     dprojected = dprojected[0] if launch.blocks == 1 else dprojected.sum(0)
     dx.flatten(0, 2).addmm_(dprojected, x_proj_weight.flatten(0, 1).to(x.dtype))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import OPTIONS, Launch, pixel_stride
+from .triton_launch import Launch, pixel_stride
 from .triton_tile import (
     LN_2,
     direction_geometry,
@@ -132,14 +132,12 @@ def selective_scan_2d_forward(
 
     Arguments as :func:`mmvssm_kernels.selective_scan_2d`.
     """
-    launch = Launch(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
+    launch = Launch(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, backward=False)
     entering = launch.entering_states(launch.x, adjoint=False)
     y = x.new_empty(launch.batch, launch.height, launch.width, launch.channels, dtype=out_dtype)
     total = y if out_dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
     tensors = (launch.x, launch.projected, *launch.parameters, entering)
     arguments = (*tensors, total, y, *launch.sizes)
     for first, count in launch.pairs:
-        selective_scan_2d_fwd_kernel[launch.grid](
-            *arguments, first, count, pixel_stride(launch.x), **launch.constants, **OPTIONS["fwd"]
-        )
+        selective_scan_2d_fwd_kernel[launch.grid](*arguments, first, count, pixel_stride(launch.x), **launch.constants)
     return y.permute(0, 3, 1, 2), entering

@@ -7,14 +7,20 @@ from torch import Tensor
 from .segments import TILE_TOKENS, count_segments, segment_tiles
 from .triton_states import selective_scan_2d_carry_kernel, selective_scan_2d_states_kernel
 
-# Tokens and sequences of a tile, and the channels of each of the 4 lanes of a token.
-import os
-_V = int(os.environ.get("SS2D_V", 8))
-TILE = {"T": TILE_TOKENS, "Q": 8, "V": _V}
+# Sequences of a tile: the groups of 4 lanes in a warp.
+_SEQUENCES = 8
+# Ranks up to which the backward pass has the registers for 8 channels in a lane.
+_MAX_RANK_OF_WIDE_BACKWARD = 16
+
+
+def lane_channels(rank: int, state: int, backward: bool) -> int:
+    """Channels of a lane: the more, the less work per token is repeated; the fewer, the fewer registers."""
+    narrow = state > 1 or (backward and rank > _MAX_RANK_OF_WIDE_BACKWARD)
+    return 4 if narrow else 8
 
 
 def pixel_uniform(x: Tensor) -> Tensor:
-    """``x`` (B, D, H, W), copied unless channels are adjacent and one stride leads from each pixel of all to the next."""
+    """``x`` (B, D, H, W), copied unless channels are adjacent and one stride leads from pixel to pixel of the batch."""
     batch, channels, height, width = x.shape
     stride = pixel_stride(x)
     strides = ((channels, x.stride(1), 1), (height, x.stride(2), width * stride), (width, x.stride(3), stride))
@@ -46,9 +52,8 @@ def project(rows: Tensor, weight: Tensor) -> Tensor:
     return rows.float() @ weight.float().T
 
 
-# Beside TF32 alone, the three products of its halves keep the layout that the kernels are written for.
+# For float32; three TF32 products have the layout that the kernels are written for, too.
 _EXACT = "ieee" if torch.version.hip else "tf32x3"
-OPTIONS = {"fwd": {}, "states": {}, "bwd": {}}
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -59,25 +64,25 @@ def _precision(dtype: torch.dtype) -> str:
 class Launch:
     """Everything that forward and backward launches have in common."""
 
-    def __init__(self, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D):
+    def __init__(self, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, backward: bool):
         self.x = x = pixel_uniform(x)
         self.batch, self.channels, self.height, self.width = x.shape
         self.rank, self.state = dt_proj_weight.shape[2], A_log.shape[1]
         self.flat = x.permute(0, 2, 3, 1).reshape(-1, self.channels)
         # One matrix product makes the projections of all directions at every pixel: (B, L, 4 (R + 2N)).
         self.projected = project(self.flat, x_proj_weight.flatten(0, 1))
-        if self.state > 1:
+        if self.state > 1:  # a single state's rate is made from its logarithm inside the kernels
             A_log = A_log.float().exp().view(4, self.channels, self.state).transpose(1, 2)
         self.parameters = tuple(t.contiguous() for t in (dt_proj_weight, dt_proj_bias, A_log, D))
 
-        t, q, c = TILE["T"], TILE["Q"], 4 * TILE["V"]
-        self.blocks = triton.cdiv(self.channels, c)
+        t, v = TILE_TOKENS, lane_channels(self.rank, self.state, backward)
+        self.blocks = triton.cdiv(self.channels, 4 * v)
         self.segments = count_segments(self.height, self.width, self.state)
         rows, columns = self.height * triton.cdiv(self.width, t), self.width * triton.cdiv(self.height, t)
         # The only segment of a short sequence is no longer than it.
         self.tiles = segment_tiles(self.state) if self.segments > 1 else max(rows, columns)
         self.sequences = self.batch * self.segments
-        self.groups = triton.cdiv(self.sequences, q)
+        self.groups = triton.cdiv(self.sequences, _SEQUENCES)
         self.grid = (self.blocks * self.groups,)
         self.sizes = (self.batch, self.height, self.width, self.tiles, self.segments)
         # Programs of one launch may not meet in a pixel: with several segments, rows and columns are two launches.
@@ -86,7 +91,9 @@ class Launch:
             D=self.channels,
             R=self.rank,
             N=self.state,
-            **TILE,
+            T=t,
+            Q=_SEQUENCES,
+            V=v,
             BLOCK_R=max(16, triton.next_power_of_2(self.rank + 1)),
             PRECISE=x.dtype == torch.float32,
             PRECISION=_precision(x.dtype),
@@ -119,7 +126,6 @@ class Launch:
             pixel_stride(rows),
             ADJOINT=adjoint,
             **self.constants,
-            **OPTIONS["states"],
         )
         parts = min(32, triton.next_power_of_2(triton.cdiv(self.segments, 16)))
         block = 32

@@ -18,11 +18,11 @@ from .triton_tile import (
     load_tile,
     next_tile,
     raw_steps,
+    row,
     scan_states,
+    set_row,
     softplus_log2,
     step_weights,
-    row,
-    set_row,
     store_rows,
     store_states,
     tile_tokens,
@@ -111,10 +111,9 @@ def selective_scan_2d_states_kernel(
                 rate = load_rate(p_rate, m_sequence, i_channel, i_direction, n, D, N, V)
             b_weight = tl.load(p_token + n, mask=m_now, other=0.0)
             decay = tl.exp2(v * -rate[None, :, :])
+            value = rows_now * (b_weight if ADJOINT else b_weight * LN_2)[:, :, None]
             if ADJOINT:
-                value = decay * (rows_now * b_weight[:, :, None])
-            else:
-                value = rows_now * (b_weight * LN_2)[:, :, None]
+                value *= decay
             _, last = scan_states(decay, value, row(state, n))
             state = set_row(state, last, n)
     store_states(p_state, state, o_summary * N, m_sequence, i_channel, D, N, V)

@@ -1,13 +1,13 @@
 """What the kernels of the four-direction scan share: where tokens lie, the inputs of a tile, scans inside a tile.
 
 A tile is (T tokens, Q = 8 sequences, C = 4 V channels) and belongs to one warp. Token i of a tile is its i-th in scan
-order. A lane owns V neighbouring channels of one sequence and keeps all T tokens in registers, so that a scan over tokens
-is a chain of multiply-adds without shuffles, and what is loaded per token (address, B, C) serves V channels.
+order. A lane owns V neighbouring channels of one sequence and keeps all T tokens in registers, so that a scan over
+tokens is a chain of multiply-adds without shuffles, and what is loaded per token (address, B, C) serves V channels.
 
-This is also how matrix instructions hand out a result with one row per token and sequence: rows to 8 groups of lanes, pairs
-of columns to the 4 lanes of a group. The columns of a product may have any order, so they are ordered such that a lane gets
-the channels it owns (:func:`step_weights`), and loads are written such that Triton gives them the same lanes
-(:func:`_lane_offsets`): nothing moves between lanes, and no loop needs shared memory.
+This is also how matrix instructions hand out a result with one row per token and sequence: rows to 8 groups of lanes,
+pairs of columns to the 4 lanes of a group. The columns of a product may have any order, so they are ordered such that a
+lane gets the channels it owns (:func:`step_weights`), and loads are written such that Triton gives them the same lanes
+(:func:`_lane_offsets`): nothing moves between lanes, and the scans need no shared memory.
 
 Maps are walked along rows (directions 0 and 2) or columns (1 and 3); a row or column is cut into tiles, its last one
 masked. Some tiles in a row, in the order of the tokens, are a segment: the part of a sequence that a program walks.
@@ -27,8 +27,8 @@ _NO_STEP: tl.constexpr = tl.constexpr(-1e5)
 def softplus_log2(x, PRECISE: tl.constexpr):
     """log2(1 + 2^x) as max(x, 0) + log2(1 + 2^-|x|).
 
-    log2(1 + e) / e on [0, 1] is a polynomial of degree 7 (relative error 3e-7) or, for 16-bit inputs, 4 (6e-5). It keeps
-    small step sizes accurate and needs no logarithm from the special-function unit.
+    log2(1 + e) / e on [0, 1] is a polynomial of degree 7 (relative error 3e-7) or, for 16-bit inputs, 4 (6e-5). It
+    keeps small step sizes accurate and needs no logarithm from the special-function unit.
     """
     e = tl.exp2(-tl.abs(x))
     if PRECISE:
@@ -93,12 +93,13 @@ def _lane_offsets(V: tl.constexpr, W: tl.constexpr):
 def _lane_pointers(p_map, o_row, o_lane, STRIDE: tl.constexpr):
     """Pointers (4, T, Q, V / W, W) to rows that are ``STRIDE`` elements apart.
 
-    The hint makes the layout: Triton orders the axes by contiguity, so that a lane takes W elements and neighbouring lanes
-    first take the other lanes' share of the token, then sequences, never tokens. Sequences are not contiguous; the number
-    only has to be above that of the tokens.
+    The hint makes the layout: Triton orders the axes by contiguity, so that a lane takes W elements, then come the 4
+    lanes of a token, then sequences, never tokens. Neither of the two is contiguous; the numbers only make the order.
     """
     pointers = p_map + o_row.to(tl.int64)[None, :, :, None, None] * STRIDE + o_lane
-    return tl.max_contiguous(pointers, [3 if o_lane.shape[4] > 1 else 1, 1, 2 if o_lane.shape[4] > 1 else 1, 1, o_lane.shape[4]])
+    return tl.max_contiguous(
+        pointers, [3 if o_lane.shape[4] > 1 else 1, 1, 2 if o_lane.shape[4] > 1 else 1, 1, o_lane.shape[4]]
+    )
 
 
 @triton.jit
@@ -278,9 +279,9 @@ def step_weights_back(
     i_column = tl.arange(0, 8)[None, :, None, None, None]
     o_rank = i_column // 2 * (BLOCK_R // 4) + tl.arange(0, B)[None, None, None, :, None] * 2 + i_column % 2
     pointers = p_dt_weight + (i_direction * D + o_channel) * R + o_rank
-    weight = tl.load(
-        tl.max_contiguous(pointers, [1, 1, 1, 1, 1]), mask=(o_rank < R) & (o_channel < D), other=0.0
-    ).to(tl.float32)
+    weight = tl.load(tl.max_contiguous(pointers, [1, 1, 1, 1, 1]), mask=(o_rank < R) & (o_channel < D), other=0.0).to(
+        tl.float32
+    )
     return round_tf32(tl.reshape(tl.permute(weight, (2, 0, 4, 3, 1)), (C, BLOCK_R)), PRECISION)
 
 
