@@ -9,6 +9,15 @@ from ..registration import custom_op
 from . import torch_scan
 from .segments import count_segments
 
+# The kernels keep all states of a channel in registers.
+_MAX_STATES = 16
+
+
+def _obstacle(A_log: Tensor) -> str | None:
+    """What keeps the Triton kernels from serving these parameters."""
+    state = A_log.shape[1]
+    return f"the kernels take at most {_MAX_STATES} states per channel, not {state}" if state > _MAX_STATES else None
+
 
 def _channel_last_empty(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Uninitialised (B, D, H, W) tensor in channel-last memory."""
@@ -49,7 +58,7 @@ def selective_scan_2d_op(
         y = torch_scan.selective_scan_2d_forward(*arguments).to(out_dtype).contiguous().permute(0, 3, 1, 2)
         return y, _entering_states(x, A_log).zero_()
 
-    return dispatch.run("selective_scan_2d", backend, x, triton_call, torch_call)
+    return dispatch.run("selective_scan_2d", backend, x, triton_call, torch_call, _obstacle(A_log))
 
 
 @selective_scan_2d_op.register_fake
@@ -82,7 +91,7 @@ def selective_scan_2d_backward_op(
         dx = dx.to(x.dtype).contiguous().permute(0, 3, 1, 2)
         return dx, *(g.to(w.dtype).contiguous() for g, w in zip(dweights, arguments[1:], strict=True))
 
-    return dispatch.run("selective_scan_2d", backend, x, triton_call, torch_call)
+    return dispatch.run("selective_scan_2d", backend, x, triton_call, torch_call, _obstacle(A_log))
 
 
 @selective_scan_2d_backward_op.register_fake

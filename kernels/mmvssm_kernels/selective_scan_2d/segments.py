@@ -3,12 +3,12 @@
 import torch
 
 # Tokens of a tile; a row or column is cut into tiles of its own.
-TILE_TOKENS = 4
+TILE_TOKENS = 2
 # Tiles of a segment, the part of a sequence that one program walks. Shorter segments give few rows more parallelism and
 # let what a program reads twice stay in the cache; they cost memory for the states at their borders, which grows with
 # the number of states.
-_SEGMENT_TILES = 8
-_SEGMENT_TILES_MANY_STATES = 64
+_SEGMENT_TILES = 16
+_SEGMENT_TILES_MANY_STATES = 128
 
 
 def segment_tiles(state: int) -> int:

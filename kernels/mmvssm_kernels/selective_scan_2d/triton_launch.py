@@ -7,23 +7,34 @@ from torch import Tensor
 from .segments import TILE_TOKENS, count_segments, segment_tiles
 from .triton_states import selective_scan_2d_carry_kernel, selective_scan_2d_states_kernel
 
-# Tokens, sequences and channels of a tile, and the channels of a lane: 32 lanes of 4 channels by 4 tokens.
-TILE = {"T": TILE_TOKENS, "Q": 4, "C": 32, "V": 4}
+# Sequences of a tile: the groups of 4 lanes in a warp.
+_SEQUENCES = 8
+# Ranks up to which the backward pass has the registers for 8 channels in a lane.
+_MAX_RANK_OF_WIDE_BACKWARD = 16
+
+
+def lane_channels(rank: int, state: int, backward: bool) -> int:
+    """Channels of a lane: the more, the less work per token is repeated; the fewer, the fewer registers."""
+    narrow = state > 1 or (backward and rank > _MAX_RANK_OF_WIDE_BACKWARD)
+    return 4 if narrow else 8
 
 
 def pixel_uniform(x: Tensor) -> Tensor:
-    """``x`` (B, D, H, W), copied unless its channels are adjacent and one stride leads from each pixel to the next."""
-    height, width = x.shape[2:]
-    uniform = width == 1 or height == 1 or x.stride(2) == width * x.stride(3)
-    adjacent = x.shape[1] == 1 or x.stride(1) == 1
-    return x if uniform and adjacent else x.contiguous(memory_format=torch.channels_last)
+    """``x`` (B, D, H, W), copied unless channels are adjacent and one stride leads from pixel to pixel of the batch."""
+    batch, channels, height, width = x.shape
+    stride = pixel_stride(x)
+    strides = ((channels, x.stride(1), 1), (height, x.stride(2), width * stride), (width, x.stride(3), stride))
+    strides += ((batch, x.stride(0), height * width * stride),)
+    uniform = all(size == 1 or given == wanted for size, given, wanted in strides)
+    return x if uniform else x.contiguous(memory_format=torch.channels_last)
 
 
 def pixel_stride(x: Tensor) -> int:
     """Elements from one pixel to the next of a map that :func:`pixel_uniform` returned."""
-    if x.shape[2] == x.shape[3] == 1:
-        return x.shape[1]
-    return x.stride(3) if x.shape[3] > 1 else x.stride(2)
+    for axis in (3, 2, 0):
+        if x.shape[axis] > 1:
+            return x.stride(axis)
+    return x.shape[1]
 
 
 # Products of 16-bit operands that keep their float32 result exist from torch 2.8 on.
@@ -41,43 +52,51 @@ def project(rows: Tensor, weight: Tensor) -> Tensor:
     return rows.float() @ weight.float().T
 
 
+# For float32; three TF32 products have the layout that the kernels are written for, too.
+_EXACT = "ieee" if torch.version.hip else "tf32x3"
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Precision of products inside the kernels for inputs of a dtype."""
+    return _EXACT if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+
+
 class Launch:
     """Everything that forward and backward launches have in common."""
 
-    def __init__(self, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D):
+    def __init__(self, x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, backward: bool):
         self.x = x = pixel_uniform(x)
         self.batch, self.channels, self.height, self.width = x.shape
         self.rank, self.state = dt_proj_weight.shape[2], A_log.shape[1]
         self.flat = x.permute(0, 2, 3, 1).reshape(-1, self.channels)
         # One matrix product makes the projections of all directions at every pixel: (B, L, 4 (R + 2N)).
         self.projected = project(self.flat, x_proj_weight.flatten(0, 1))
-        self.step_weights = (dt_proj_weight.contiguous(), dt_proj_bias.contiguous())
-        self.skip = D.contiguous()
-        # Rates exp(A_log) as (4, N, D): neighbouring lanes hold neighbouring channels.
-        self.rates = A_log.float().exp().view(4, self.channels, self.state).transpose(1, 2).contiguous()
+        if self.state > 1:  # a single state's rate is made from its logarithm inside the kernels
+            A_log = A_log.float().exp().view(4, self.channels, self.state).transpose(1, 2)
+        self.parameters = tuple(t.contiguous() for t in (dt_proj_weight, dt_proj_bias, A_log, D))
 
-        t, q, c = TILE["T"], TILE["Q"], TILE["C"]
-        self.blocks = triton.cdiv(self.channels, c)
+        t, v = TILE_TOKENS, lane_channels(self.rank, self.state, backward)
+        self.blocks = triton.cdiv(self.channels, 4 * v)
         self.segments = count_segments(self.height, self.width, self.state)
         rows, columns = self.height * triton.cdiv(self.width, t), self.width * triton.cdiv(self.height, t)
         # The only segment of a short sequence is no longer than it.
         self.tiles = segment_tiles(self.state) if self.segments > 1 else max(rows, columns)
         self.sequences = self.batch * self.segments
-        self.groups = triton.cdiv(self.sequences, q)
+        self.groups = triton.cdiv(self.sequences, _SEQUENCES)
         self.grid = (self.blocks * self.groups,)
         self.sizes = (self.batch, self.height, self.width, self.tiles, self.segments)
-        full = self.height % t == self.width % t == self.channels % c == self.sequences % q == 0
-        full &= self.segments * self.tiles == rows == columns
         # Programs of one launch may not meet in a pixel: with several segments, rows and columns are two launches.
         self.pairs = ((0, 4),) if self.segments == 1 else ((0, 2), (2, 2))
         self.constants = dict(
             D=self.channels,
             R=self.rank,
             N=self.state,
-            FULL=full,
-            **TILE,
+            T=t,
+            Q=_SEQUENCES,
+            V=v,
             BLOCK_R=max(16, triton.next_power_of_2(self.rank + 1)),
-            PRECISION="ieee" if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32",
+            PRECISE=x.dtype == torch.float32,
+            PRECISION=_precision(x.dtype),
             num_warps=1,
             num_stages=1,
         )
@@ -100,12 +119,10 @@ class Launch:
         selective_scan_2d_states_kernel[(*self.grid, 4)](
             rows,
             self.projected,
-            *self.step_weights,
-            self.rates,
+            *self.parameters[:3],
             states,
             steps,
             *self.sizes,
-            rows.stride(0),
             pixel_stride(rows),
             ADJOINT=adjoint,
             **self.constants,
@@ -115,6 +132,6 @@ class Launch:
         grid = (self.batch * 4 * self.state * triton.cdiv(self.channels, block),)
         sizes = (self.segments, triton.cdiv(self.segments, parts), self.channels, self.state, adjoint)
         selective_scan_2d_carry_kernel[grid](
-            states, steps, entering, self.rates, *sizes, P=parts, S=8, C=block, num_warps=max(1, parts // 8)
+            states, steps, entering, self.parameters[2], *sizes, P=parts, S=8, C=block, num_warps=max(1, parts // 8)
         )
         return entering

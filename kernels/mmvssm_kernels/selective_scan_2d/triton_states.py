@@ -10,15 +10,21 @@ import triton.language as tl
 
 from .triton_tile import (
     LN_2,
+    LOG2_E,
     chain,
     direction_geometry,
     load_low_rank,
-    load_step_weights,
+    load_rate,
+    load_tile,
     next_tile,
     raw_steps,
+    row,
     scan_states,
+    set_row,
     softplus_log2,
-    tile_pointers,
+    step_weights,
+    store_rows,
+    store_states,
     tile_tokens,
 )
 
@@ -37,94 +43,81 @@ def selective_scan_2d_states_kernel(
     width,
     n_tiles,
     n_segments,
-    stride_batch,
     stride_pixel: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
     N: tl.constexpr,
     ADJOINT: tl.constexpr,
-    FULL: tl.constexpr,
     T: tl.constexpr,
     Q: tl.constexpr,
-    C: tl.constexpr,
     V: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):
     """Local end states (batch, 4, segments, N, D) and sums of step sizes (batch, 4, segments, D).
 
     ``p_rows`` is x, or for ``ADJOINT`` the gradient of y; the adjoint flow obeys F[t-1] = a[t] (F[t] + C[t] dy[t]).
     """
     K: tl.constexpr = R + 2 * N
+    C: tl.constexpr = 4 * V
     N_BLOCKS: tl.constexpr = (D + C - 1) // C
-    o_channel = tl.program_id(0) % N_BLOCKS * C + tl.arange(0, C)
-    m_channel = o_channel < D
+    WIDTH: tl.constexpr = 2 if p_dt_weight.dtype.element_ty.primitive_bitwidth == 16 else 1
+    i_channel = tl.program_id(0) % N_BLOCKS * C
     i_direction = tl.program_id(1)
     i_sequence = tl.program_id(0) // N_BLOCKS * Q + tl.arange(0, Q)
     m_sequence = i_sequence < batch * n_segments
-    i_batch = (i_sequence // n_segments).to(tl.int64)
+    i_batch = i_sequence // n_segments
     i_segment = i_sequence % n_segments
+    o_image = i_batch * height * width
+    o_summary = (i_batch * 4 + i_direction) * n_segments + i_segment
 
     # Adjoint scans run against the direction.
     is_reverse = (i_direction >= 2) != ADJOINT
     n_outer, n_inner, n_tiles_inner, stride_outer, stride_inner = direction_geometry(
         i_direction % 2 == 1, height, width, T
     )
-    weight, bias = load_step_weights(p_dt_weight, p_dt_bias, o_channel, m_channel, i_direction, D, R, BLOCK_R)
-    p_rows += i_batch * stride_batch
-    p_projected += i_batch * height * width * (4 * K) + i_direction * K
-    o_summary = (i_batch * 4 + i_direction) * n_segments + i_segment
-    p_state += o_summary[:, None] * (N * D) + o_channel[None, :]
-    p_rate += i_direction * (N * D) + o_channel
-    m_state = m_sequence[:, None] & m_channel[None, :]
+    weight, bias = step_weights(p_dt_weight, p_dt_bias, i_channel, i_direction, D, R, BLOCK_R, V, PRECISION)
+    p_weight = p_projected + i_direction * K + (R + N * ADJOINT)
 
     i_tile = i_segment * n_tiles + tl.where(is_reverse, n_tiles - 1, 0)
     i_outer, i_inner = i_tile // n_tiles_inner, i_tile % n_tiles_inner
-    steps = tl.zeros((Q, C), tl.float32)
-    # One state stays in registers; several are kept in memory between tiles.
-    rate = tl.load(p_rate, mask=m_channel, other=0.0)
-    state = tl.zeros((Q, C), tl.float32)
     step = tl.where(is_reverse, -1, 1)
+    rate = load_rate(p_rate, m_sequence, i_channel, i_direction, 0, D, N, V)
+    state = tl.zeros((triton.next_power_of_2(N), Q, C), tl.float32)
+    steps = tl.zeros((Q, C), tl.float32)
     o_pixel, m_token = tile_tokens(
-        i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T, FULL
+        o_image, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T
     )
-    low_rank = load_low_rank(p_projected, o_pixel, m_token, 4 * K, R, BLOCK_R)
-    m_tile = m_token[:, :, None] & m_channel[None, None, :]
-    rows = tl.load(tile_pointers(p_rows, o_pixel, o_channel, stride_pixel, V), mask=m_tile, other=0.0)
+    low_rank = load_low_rank(p_projected, o_pixel, m_token, i_direction, K, R, BLOCK_R)
+    rows = load_tile(p_rows, o_pixel, m_token, i_channel, stride_pixel, D, V)
     for j in range(n_tiles):
-        raw = raw_steps(low_rank, weight, bias, T, PRECISION)
-        p_weight = p_projected[None, :] + o_pixel * (4 * K) + (R + N * ADJOINT)
-        b_weight = tl.load(p_weight, mask=m_token, other=0.0)
-        # The next tile's inputs are fetched before this one is computed. They come after the matrix product, since
-        # Triton gives a conflict of layouts to the later of the two, and scans want the layout of the loads.
+        raw = raw_steps(low_rank, m_token, weight, bias, WIDTH, PRECISION)
+        p_token = p_weight + o_pixel.to(tl.int64) * (4 * K)
+        m_now, rows_now = m_token, rows.to(tl.float32)
+        # The next tile's inputs are fetched before this one is computed.
         i_outer, i_inner = next_tile(i_outer, i_inner, n_tiles_inner, tl.where(j + 1 < n_tiles, step, 0))
-        o_pixel, m_next = tile_tokens(
-            i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T, FULL
+        o_pixel, m_token = tile_tokens(
+            o_image, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T
         )
-        low_rank = load_low_rank(p_projected, o_pixel, m_next, 4 * K, R, BLOCK_R)
-        m_tile = m_next[:, :, None] & m_channel[None, None, :]
-        rows_next = tl.load(tile_pointers(p_rows, o_pixel, o_channel, stride_pixel, V), mask=m_tile, other=0.0)
-        v = softplus_log2(raw)
-        if not FULL:
-            v = tl.where(m_token[:, :, None], v, 0.0)
-        rows = rows.to(tl.float32)
+        low_rank = load_low_rank(p_projected, o_pixel, m_token, i_direction, K, R, BLOCK_R)
+        rows = load_tile(p_rows, o_pixel, m_token, i_channel, stride_pixel, D, V)
+        v = softplus_log2(raw, PRECISE)
         steps += tl.sum(v, axis=0)
         if not ADJOINT:
-            rows *= v
-        for n in range(N):
+            rows_now *= v
+        for n in tl.static_range(N):
             if N > 1:
-                rate = tl.load(p_rate + n * D, mask=m_channel, other=0.0)
-                state = tl.load(p_state + n * D, mask=m_state & (j > 0), other=0.0)
-                b_weight = tl.load(p_weight + n, mask=m_token, other=0.0)
-            decay = tl.exp2(v * -rate[None, None, :])
-            value = decay * (rows * b_weight[:, :, None]) if ADJOINT else rows * (b_weight * LN_2)[:, :, None]
-            _, state = scan_states(decay, value, state)
-            if N > 1:
-                tl.store(p_state + n * D, state, mask=m_state)
-        m_token, rows = m_next, rows_next
-    if N == 1:
-        tl.store(p_state, state, mask=m_state)
-    tl.store(p_steps + o_summary[:, None] * D + o_channel[None, :], steps, mask=m_state)
+                rate = load_rate(p_rate, m_sequence, i_channel, i_direction, n, D, N, V)
+            b_weight = tl.load(p_token + n, mask=m_now, other=0.0)
+            decay = tl.exp2(v * -rate[None, :, :])
+            value = rows_now * (b_weight if ADJOINT else b_weight * LN_2)[:, :, None]
+            if ADJOINT:
+                value *= decay
+            _, last = scan_states(decay, value, row(state, n))
+            state = set_row(state, last, n)
+    store_states(p_state, state, o_summary * N, m_sequence, i_channel, D, N, V)
+    store_rows(p_steps, steps, o_summary, m_sequence, i_channel, D, D, V)
 
 
 @triton.jit
@@ -172,7 +165,9 @@ def selective_scan_2d_carry_kernel(
     m_channel = o_channel < D
     i_direction = i_sequence % 4
     is_reverse = (i_direction >= 2) != ADJOINT
-    rate = tl.load(p_rate + (i_direction * N + i_state) * D + o_channel, mask=m_channel, other=0.0)
+    rate = tl.load(p_rate + (i_direction * N + i_state) * D + o_channel, mask=m_channel, other=0.0).to(tl.float32)
+    if N == 1:
+        rate = tl.exp2(rate * LOG2_E)
     p_state += i_sequence * n_segments * (N * D) + i_state * D
     p_entering += i_sequence * n_segments * (N * D) + i_state * D
     p_steps += i_sequence * n_segments * D

@@ -1,9 +1,13 @@
 """What the kernels of the four-direction scan share: where tokens lie, the inputs of a tile, scans inside a tile.
 
-A tile is (T tokens, Q sequences, C channels). Token i of a tile is its i-th in scan order. A warp lane owns a few
-neighbouring channels of one sequence and keeps all T tokens in registers, so that a scan over tokens is a chain of
-multiply-adds without shuffles, and what is loaded per token (address, B, C) serves several channels. The layout follows
-from the loads, see :func:`tile_pointers`.
+A tile is (T tokens, Q = 8 sequences, C = 4 V channels) and belongs to one warp. Token i of a tile is its i-th in scan
+order. A lane owns V neighbouring channels of one sequence and keeps all T tokens in registers, so that a scan over
+tokens is a chain of multiply-adds without shuffles, and what is loaded per token (address, B, C) serves V channels.
+
+This is also how matrix instructions hand out a result with one row per token and sequence: rows to 8 groups of lanes,
+pairs of columns to the 4 lanes of a group. The columns of a product may have any order, so they are ordered such that a
+lane gets the channels it owns (:func:`step_weights`), and loads are written such that Triton gives them the same lanes
+(:func:`_lane_offsets`): nothing moves between lanes, and the scans need no shared memory.
 
 Maps are walked along rows (directions 0 and 2) or columns (1 and 3); a row or column is cut into tiles, its last one
 masked. Some tiles in a row, in the order of the tokens, are a segment: the part of a sequence that a program walks.
@@ -15,36 +19,32 @@ import triton.language as tl
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# A step size before softplus that leaves nothing after it.
+_NO_STEP: tl.constexpr = tl.constexpr(-1e5)
 
 
 @triton.jit
-def softplus_log2(x):
+def softplus_log2(x, PRECISE: tl.constexpr):
     """log2(1 + 2^x) as max(x, 0) + log2(1 + 2^-|x|).
 
-    log2(1 + e) / e on [0, 1] is a Chebyshev fit of degree 7 (relative error 3e-7), which keeps small step sizes
-    accurate and needs no logarithm from the special-function unit.
+    log2(1 + e) / e on [0, 1] is a polynomial of degree 7 (relative error 3e-7) or, for 16-bit inputs, 4 (6e-5). It
+    keeps small step sizes accurate and needs no logarithm from the special-function unit.
     """
     e = tl.exp2(-tl.abs(x))
-    series = 0.0625709101 - e * 0.0120270237
-    series = -0.153903683 + e * series
-    series = 0.255003465 + e * series
-    series = -0.353034251 + e * series
-    series = 0.480001761 + e * series
-    series = -0.721306059 + e * series
-    series = 1.44269472 + e * series
+    if PRECISE:
+        series = 0.0625709101 - e * 0.0120270237
+        series = -0.153903683 + e * series
+        series = 0.255003465 + e * series
+        series = -0.353034251 + e * series
+        series = 0.480001761 + e * series
+        series = -0.721306059 + e * series
+        series = 1.44269472 + e * series
+    else:
+        series = -0.227119391 + e * 0.0596515184
+        series = 0.441898794 + e * series
+        series = -0.716987408 + e * series
+        series = 1.44261321 + e * series
     return tl.maximum(x, 0.0) + e * series
-
-
-@triton.jit
-def tile_pointers(p_sequence, o_pixel, o_channel, STRIDE: tl.constexpr, V: tl.constexpr):
-    """Pointers (T, Q, C) to the channels of a tile's pixels, which are ``STRIDE`` elements apart.
-
-    The hint makes the layout: a lane takes ``V`` neighbouring channels, the other lanes of the warp first the other
-    channels, then the sequences, never the tokens. Sequences are not contiguous, but without a number above that of the
-    tokens the order of the two axes would be left to the version of Triton.
-    """
-    pointers = p_sequence[None, :, None] + o_pixel[:, :, None] * STRIDE + o_channel[None, None, :]
-    return tl.max_contiguous(pointers, [1, 2, V])
 
 
 @triton.jit
@@ -68,62 +68,272 @@ def next_tile(i_outer, i_inner, n_tiles_inner, step):
 
 @triton.jit
 def tile_tokens(
-    i_outer,
-    i_inner,
-    m_sequence,
-    is_reverse,
-    n_outer,
-    n_inner,
-    stride_outer,
-    stride_inner,
-    T: tl.constexpr,
-    FULL: tl.constexpr,
+    o_first, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T: tl.constexpr
 ):
-    """Row-major pixels and mask (T, Q) of the tokens of a tile. ``FULL`` promises that none is masked."""
+    """Pixels and mask (T, Q) of the tokens of a tile; ``o_first`` (Q) is the first pixel of a sequence's image."""
     i_token = tl.arange(0, T)
     step = tl.where(is_reverse, -1, 1)
     i_first = i_inner * T + tl.where(is_reverse, T - 1, 0)
-    o_pixel = (i_outer * stride_outer + i_first * stride_inner)[None, :] + (i_token * (step * stride_inner))[:, None]
-    if FULL:
-        m_token = tl.full(o_pixel.shape, True, tl.int1)
-    else:
-        m_row = m_sequence & (i_outer >= 0) & (i_outer < n_outer)
-        m_token = (i_first[None, :] + (i_token * step)[:, None] < n_inner) & m_row[None, :]
+    o_row = o_first + i_outer * stride_outer + i_first * stride_inner
+    o_pixel = o_row[None, :] + (i_token * (step * stride_inner))[:, None]
+    m_row = m_sequence & (i_outer >= 0) & (i_outer < n_outer)
+    m_token = (i_first[None, :] + (i_token * step)[:, None] < n_inner) & m_row[None, :]
     return o_pixel, m_token
 
 
 @triton.jit
-def load_low_rank(p_projected, o_pixel, m_token, STRIDE: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Low-rank step sizes of a tile, (T Q, R) padded with zeros to BLOCK_R."""
-    o_rank = tl.arange(0, BLOCK_R)
-    low_rank = tl.load(
-        p_projected[None, :, None] + o_pixel[:, :, None] * STRIDE + o_rank[None, None, :],
-        mask=m_token[:, :, None] & (o_rank < R)[None, None, :],
-        other=0.0,
+def _lane_offsets(V: tl.constexpr, W: tl.constexpr):
+    """Offsets (4, 1, 1, V / W, W) of what the lanes of a token load: V elements each, W at once."""
+    o_lane = tl.arange(0, 4)[:, None, None, None, None] * V
+    o_access = tl.arange(0, V // W)[None, None, None, :, None] * W
+    return o_lane + o_access + tl.arange(0, W)[None, None, None, None, :]
+
+
+@triton.jit
+def _lane_pointers(p_map, o_row, o_lane, STRIDE: tl.constexpr):
+    """Pointers (4, T, Q, V / W, W) to rows that are ``STRIDE`` elements apart.
+
+    The hint makes the layout: Triton orders the axes by contiguity, so that a lane takes W elements, then come the 4
+    lanes of a token, then sequences, never tokens. Neither of the two is contiguous; the numbers only make the order.
+    """
+    pointers = p_map + o_row.to(tl.int64)[None, :, :, None, None] * STRIDE + o_lane
+    return tl.max_contiguous(
+        pointers, [3 if o_lane.shape[4] > 1 else 1, 1, 2 if o_lane.shape[4] > 1 else 1, 1, o_lane.shape[4]]
     )
-    return tl.reshape(low_rank, (o_pixel.shape[0] * o_pixel.shape[1], BLOCK_R))
 
 
 @triton.jit
-def raw_steps(low_rank, weight, bias, T: tl.constexpr, PRECISION: tl.constexpr):
-    """Step sizes before softplus, times log2(e), (T, Q, C)."""
-    Q: tl.constexpr = low_rank.shape[0] // T
-    C: tl.constexpr = weight.shape[1]
-    start = tl.broadcast_to(bias[None, :], (low_rank.shape[0], C))
-    return tl.reshape(tl.dot(low_rank, weight, start, input_precision=PRECISION), (T, Q, C))
+def _tile_pointers(p_map, o_row, o_channel, STRIDE: tl.constexpr, V: tl.constexpr):
+    """Pointers (T, Q, C), for elements of which a lane can load V at once; the hint is as in :func:`_lane_pointers`."""
+    pointers = p_map + o_row.to(tl.int64)[:, :, None] * STRIDE + o_channel[None, None, :]
+    return tl.max_contiguous(pointers, [1, 2, V])
 
 
 @triton.jit
-def load_step_weights(
-    p_dt_weight, p_dt_bias, o_channel, m_channel, i_direction, D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr
+def load_tile(p_map, o_row, m_row, i_first, STRIDE: tl.constexpr, D: tl.constexpr, V: tl.constexpr):
+    """Channels ``i_first`` on of the rows ``o_row`` (T, Q), as (T, Q, C)."""
+    BITS: tl.constexpr = p_map.dtype.element_ty.primitive_bitwidth
+    if V * BITS <= 128:
+        o_channel = i_first + tl.arange(0, 4 * V)
+        mask = m_row[:, :, None]
+        if D % (4 * V) != 0:
+            mask = mask & (o_channel < D)[None, None, :]
+        return tl.load(_tile_pointers(p_map, o_row, o_channel, STRIDE, V), mask=mask, other=0.0)
+    else:
+        W: tl.constexpr = 128 // BITS
+        o_lane = i_first + _lane_offsets(V, W)
+        mask = m_row[None, :, :, None, None]
+        if D % (4 * V) != 0:
+            mask = mask & (o_lane < D)
+        tile = tl.load(_lane_pointers(p_map, o_row, o_lane, STRIDE), mask=mask, other=0.0)
+        return tl.reshape(tl.permute(tile, (1, 2, 0, 3, 4)), (o_row.shape[0], o_row.shape[1], 4 * V))
+
+
+@triton.jit
+def store_tile(p_map, tile, o_row, m_row, i_first, STRIDE: tl.constexpr, D: tl.constexpr, V: tl.constexpr):
+    """The counterpart of :func:`load_tile`."""
+    BITS: tl.constexpr = p_map.dtype.element_ty.primitive_bitwidth
+    tile = tile.to(p_map.dtype.element_ty)
+    if V * BITS <= 128:
+        o_channel = i_first + tl.arange(0, 4 * V)
+        mask = m_row[:, :, None]
+        if D % (4 * V) != 0:
+            mask = mask & (o_channel < D)[None, None, :]
+        tl.store(_tile_pointers(p_map, o_row, o_channel, STRIDE, V), tile, mask=mask)
+    else:
+        W: tl.constexpr = 128 // BITS
+        o_lane = i_first + _lane_offsets(V, W)
+        mask = m_row[None, :, :, None, None]
+        if D % (4 * V) != 0:
+            mask = mask & (o_lane < D)
+        tile = tl.reshape(tile, (o_row.shape[0], o_row.shape[1], 4, V // W, W))
+        tl.store(_lane_pointers(p_map, o_row, o_lane, STRIDE), tl.permute(tile, (2, 0, 1, 3, 4)), mask=mask)
+
+
+@triton.jit
+def load_rows(p_rows, o_row, m_row, i_first, STRIDE: tl.constexpr, D: tl.constexpr, V: tl.constexpr):
+    """One row per sequence, (Q, C)."""
+    tile = load_tile(p_rows, o_row[None, :], m_row[None, :], i_first, STRIDE, D, V)
+    return tl.reshape(tile, (o_row.shape[0], 4 * V))
+
+
+@triton.jit
+def store_rows(p_rows, rows, o_row, m_row, i_first, STRIDE: tl.constexpr, D: tl.constexpr, V: tl.constexpr):
+    """The counterpart of :func:`load_rows`."""
+    store_tile(p_rows, rows[None, :, :], o_row[None, :], m_row[None, :], i_first, STRIDE, D, V)
+
+
+@triton.jit
+def _state_rows(o_first, m_first, N: tl.constexpr):
+    i_state = tl.arange(0, triton.next_power_of_2(N))
+    return o_first[None, :] + i_state[:, None], m_first[None, :] & (i_state < N)[:, None]
+
+
+@triton.jit
+def load_states(p_rows, o_first, m_first, i_first, D: tl.constexpr, N: tl.constexpr, V: tl.constexpr):
+    """N rows from ``o_first`` (Q) on for each sequence, (N, Q, C), padded to a power of two."""
+    o_row, m_row = _state_rows(o_first, m_first, N)
+    return load_tile(p_rows, o_row, m_row, i_first, D, D, V)
+
+
+@triton.jit
+def store_states(p_rows, states, o_first, m_first, i_first, D: tl.constexpr, N: tl.constexpr, V: tl.constexpr):
+    """The counterpart of :func:`load_states`."""
+    o_row, m_row = _state_rows(o_first, m_first, N)
+    store_tile(p_rows, states, o_row, m_row, i_first, D, D, V)
+
+
+@triton.jit
+def load_low_rank(p_projected, o_pixel, m_token, i_direction, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Low-rank step sizes of a tile, (T, Q, BLOCK_R); from R on they are other finite numbers or zero.
+
+    What they are multiplied with is zero there (:func:`step_weights`), so whole vectors are loaded.
+    """
+    W: tl.constexpr = 4 if K % 4 == 0 else (2 if K % 2 == 0 else 1)
+    o_lane = _lane_offsets(BLOCK_R // 4, W)
+    pointers = _lane_pointers(p_projected + i_direction * K, o_pixel, o_lane, 4 * K)
+    mask = m_token[None, :, :, None, None] & (o_lane < (R + W - 1) // W * W)
+    low_rank = tl.load(pointers, mask=mask, other=0.0)
+    return tl.reshape(tl.permute(low_rank, (1, 2, 0, 3, 4)), (o_pixel.shape[0], o_pixel.shape[1], BLOCK_R))
+
+
+@triton.jit
+def as_operand(tile, WIDTH: tl.constexpr):
+    """Left operand (T Q, n) of a matrix product whose right one has the rows of :func:`operand_rows`; nothing moves.
+
+    Of every 4 ``WIDTH`` columns a matrix instruction takes ``WIDTH`` from each lane.
+    """
+    T: tl.constexpr = tile.shape[0]
+    Q: tl.constexpr = tile.shape[1]
+    n: tl.constexpr = tile.shape[2]
+    tile = tl.reshape(tile, (T, Q, 4, n // (4 * WIDTH), WIDTH))
+    return tl.reshape(tl.permute(tile, (0, 1, 3, 2, 4)), (T * Q, n))
+
+
+@triton.jit
+def round_tf32(x, PRECISION: tl.constexpr):
+    """To the nearest TF32 number, where a product would just cut off the other bits."""
+    if PRECISION == "tf32":
+        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def step_weights(
+    p_dt_weight,
+    p_dt_bias,
+    i_first,
+    i_direction,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Weight (BLOCK_R, C) and bias (C) of a direction's step sizes, times log2(e)."""
-    o_rank = tl.arange(0, BLOCK_R)
-    o_row = i_direction * D + o_channel
-    m_weight = (o_rank < R)[:, None] & m_channel[None, :]
-    weight = tl.load(p_dt_weight + o_row[None, :] * R + o_rank[:, None], mask=m_weight, other=0.0)
-    bias = tl.load(p_dt_bias + o_row, mask=m_channel, other=0.0)
-    return weight.to(tl.float32) * LOG2_E, bias.to(tl.float32) * LOG2_E
+    """Weight (BLOCK_R, C) and bias (C) of a direction's step sizes, times log2(e).
+
+    Rows as in :func:`as_operand`, columns so that pairs of them go to the lanes that own the channels.
+    """
+    WIDTH: tl.constexpr = 2 if p_dt_weight.dtype.element_ty.primitive_bitwidth == 16 else 1
+    C: tl.constexpr = 4 * V
+    B: tl.constexpr = C // 8
+    S: tl.constexpr = BLOCK_R // (4 * WIDTH)
+    # Axes: in a lane's pair of rows, lanes, columns of an instruction, instructions along columns and along rows.
+    o_rank = tl.arange(0, WIDTH)[:, None, None, None, None] + tl.arange(0, S)[None, None, None, None, :] * WIDTH
+    o_rank += tl.arange(0, 4)[None, :, None, None, None] * (BLOCK_R // 4)
+    i_column = tl.arange(0, 8)[None, None, :, None, None]
+    o_channel = i_first + i_column // 2 * V + tl.arange(0, B)[None, None, None, :, None] * 2 + i_column % 2
+    pointers = p_dt_weight + (i_direction * D + o_channel) * R + o_rank
+    weight = tl.load(
+        tl.max_contiguous(pointers, [WIDTH, 1, 1, 1, 1]), mask=(o_rank < R) & (o_channel < D), other=0.0
+    ).to(tl.float32)
+    weight = tl.reshape(tl.permute(weight, (4, 1, 0, 3, 2)), (BLOCK_R, C))
+    o_column = tl.arange(0, C)
+    o_channel = i_first + o_column % 8 // 2 * V + o_column // 8 * 2 + o_column % 2
+    bias = tl.load(p_dt_bias + i_direction * D + o_channel, mask=o_channel < D, other=0.0)
+    return round_tf32(weight * LOG2_E, PRECISION), bias.to(tl.float32) * LOG2_E
+
+
+@triton.jit
+def step_weights_back(
+    p_dt_weight,
+    i_first,
+    i_direction,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    V: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Weight (C, BLOCK_R) that leads from the gradients of step sizes back to those of low-rank ones.
+
+    Rows as in :func:`as_operand`, columns so that a lane gets neighbouring ones.
+    """
+    C: tl.constexpr = 4 * V
+    S: tl.constexpr = V // WIDTH
+    B: tl.constexpr = BLOCK_R // 8
+    # Axes: lanes, columns of an instruction, instructions along rows and columns, in a lane's pair of rows.
+    o_channel = i_first + tl.arange(0, 4)[:, None, None, None, None] * V
+    o_channel += tl.arange(0, S)[None, None, :, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, None, None, :]
+    i_column = tl.arange(0, 8)[None, :, None, None, None]
+    o_rank = i_column // 2 * (BLOCK_R // 4) + tl.arange(0, B)[None, None, None, :, None] * 2 + i_column % 2
+    pointers = p_dt_weight + (i_direction * D + o_channel) * R + o_rank
+    weight = tl.load(tl.max_contiguous(pointers, [1, 1, 1, 1, 1]), mask=(o_rank < R) & (o_channel < D), other=0.0).to(
+        tl.float32
+    )
+    return round_tf32(tl.reshape(tl.permute(weight, (2, 0, 4, 3, 1)), (C, BLOCK_R)), PRECISION)
+
+
+@triton.jit
+def dlow_rank_of(draw, weight, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradients of low-rank step sizes (T, Q, BLOCK_R) from those of the step sizes before softplus (T, Q, C)."""
+    T: tl.constexpr = draw.shape[0]
+    Q: tl.constexpr = draw.shape[1]
+    BLOCK_R: tl.constexpr = weight.shape[1]
+    dlow = tl.dot(as_operand(draw, WIDTH), weight, input_precision=PRECISION)
+    dlow = tl.permute(tl.reshape(dlow, (T, Q, BLOCK_R // 8, 4, 2)), (0, 1, 3, 2, 4))
+    return tl.reshape(dlow, (T, Q, BLOCK_R))
+
+
+@triton.jit
+def store_low_rank(p_first, dlow, o_row, m_token, STRIDE: tl.constexpr, R: tl.constexpr):
+    """Stores (T, Q, BLOCK_R), of which R are kept, to rows ``STRIDE`` apart."""
+    BLOCK_R: tl.constexpr = dlow.shape[2]
+    W: tl.constexpr = 4 if STRIDE % 4 == 0 and R % 4 == 0 else (2 if STRIDE % 2 == 0 and R % 2 == 0 else 1)
+    o_lane = _lane_offsets(BLOCK_R // 4, W)
+    dlow = tl.reshape(dlow.to(p_first.dtype.element_ty), (dlow.shape[0], dlow.shape[1], 4, BLOCK_R // (4 * W), W))
+    tl.store(
+        _lane_pointers(p_first, o_row, o_lane, STRIDE),
+        tl.permute(dlow, (2, 0, 1, 3, 4)),
+        mask=m_token[None, :, :, None, None] & (o_lane < R),
+    )
+
+
+@triton.jit
+def load_rate(p_rate, m_sequence, i_first, i_direction, n, D: tl.constexpr, N: tl.constexpr, V: tl.constexpr):
+    """Rates (Q, C) of state n, the same for every sequence: a decay is exp2(-v rate).
+
+    p_rate is (4, N, D) or, if there is one state, its logarithm, the parameter itself.
+    """
+    o_row = tl.zeros(m_sequence.shape, tl.int32) + (i_direction * N + n)
+    rate = load_rows(p_rate, o_row, m_sequence, i_first, D, D, V).to(tl.float32)
+    if N == 1:
+        rate = tl.exp2(rate * LOG2_E)
+    return rate
+
+
+@triton.jit
+def raw_steps(low_rank, m_token, weight, bias, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """Step sizes before softplus, times log2(e), (T, Q, C). Masked tokens make no step."""
+    T: tl.constexpr = low_rank.shape[0]
+    Q: tl.constexpr = low_rank.shape[1]
+    C: tl.constexpr = weight.shape[1]
+    start = bias[None, :] + tl.where(tl.reshape(m_token, (T * Q,)), 0.0, _NO_STEP)[:, None]
+    low_rank = round_tf32(as_operand(low_rank, WIDTH), PRECISION)
+    raw = tl.dot(low_rank, weight, start, input_precision=PRECISION)
+    raw = tl.permute(tl.reshape(raw, (T, Q, C // 8, 4, 2)), (0, 1, 3, 2, 4))
+    return tl.reshape(raw, (T, Q, C))
 
 
 @triton.jit
@@ -132,63 +342,58 @@ def chain(decay_1, state_1, decay_2, state_2):
 
 
 @triton.jit
-def _chain_with_inflow(decay_1, state_1, inflow_1, decay_2, state_2, inflow_2):
-    return decay_1 * decay_2, decay_2 * state_1 + state_2, decay_2 * state_1 + inflow_2
+def _pick(wanted_1, value_1, wanted_2, value_2):
+    return wanted_1 | wanted_2, tl.where(wanted_1 != 0, value_1, value_2)
 
 
 @triton.jit
-def _chain_adjoint(decay_1, open_1, flow_1, grad_1, decay_2, open_2, flow_2, grad_2):
-    return decay_1 * decay_2, decay_1 * open_2, decay_2 * flow_1 + flow_2, open_2 * flow_1 + grad_2
+def row(tile, TOKEN: tl.constexpr):
+    """Token ``TOKEN`` (Q, C) of a tile. It is in registers and the indices are known, so this costs nothing.
+
+    Scans are spelled out token by token, because ``tl.associative_scan`` has a layout of its own.
+    """
+    wanted = (tl.arange(0, tile.shape[0]) == TOKEN).to(tl.int32)[:, None, None]
+    _, token = tl.reduce((tl.broadcast_to(wanted, tile.shape), tile), 0, _pick)
+    return token
 
 
 @triton.jit
-def _later(index_1, value_1, index_2, value_2):
-    return tl.maximum(index_1, index_2), tl.where(index_1 > index_2, value_1, value_2)
-
-
-@triton.jit
-def last_row(tile):
-    """The last row of a tile. The indices are known to the compiler, so for a tile in registers this costs nothing."""
-    index = tl.arange(0, tile.shape[0])
-    for _ in tl.static_range(len(tile.shape) - 1):
-        index = tl.expand_dims(index, -1)
-    _, row = tl.reduce((tl.broadcast_to(index, tile.shape), tile), 0, _later)
-    return row
-
-
-@triton.jit
-def _is_first(tile):
-    return (tl.arange(0, tile.shape[0]) == 0)[:, None, None]
+def set_row(tile, token, TOKEN: tl.constexpr):
+    return tl.where((tl.arange(0, tile.shape[0]) == TOKEN)[:, None, None], token[None, :, :], tile)
 
 
 @triton.jit
 def scan_states(decay, value, state):
-    """States (T, Q, C) of a tile, and the last one (Q, C), from the state that enters it.
-
-    The entering state joins the first token, so that the scan itself is one multiply-add per element.
-    """
-    value = tl.where(_is_first(value), value + decay * state[None, :, :], value)
-    _, states = tl.associative_scan((decay, value), 0, chain)
-    return states, last_row(states)
+    """States (T, Q, C) of a tile, and the last one (Q, C), from the state that enters it."""
+    states = value
+    for t in tl.static_range(decay.shape[0]):
+        state = row(decay, t) * state + row(value, t)
+        states = set_row(states, state, t)
+    return states, state
 
 
 @triton.jit
 def scan_states_and_inflow(decay, value, state):
     """States (T, Q, C) and the part ``decay[t] state[t - 1]`` of each, without cancellation."""
-    inflow = tl.where(_is_first(value), decay * state[None, :, :], 0.0)
-    _, states, inflow = tl.associative_scan((decay, value + inflow, inflow), 0, _chain_with_inflow)
-    return states, inflow
+    states, inflows = value, value
+    for t in tl.static_range(decay.shape[0]):
+        inflow = row(decay, t) * state
+        state = inflow + row(value, t)
+        inflows = set_row(inflows, inflow, t)
+        states = set_row(states, state, t)
+    return states, inflows
 
 
 @triton.jit
 def scan_adjoint(decay, value, flow):
     """Gradients ``G[t] = value[t] + decay[t + 1] G[t + 1]`` (T, Q, C) of the states, and ``decay[0] G[0]`` (Q, C).
 
-    ``flow`` (Q, C) enters at the last token. The tile is flipped in registers, which costs nothing, because a scan
-    with ``reverse=True`` goes through shuffles.
+    ``flow`` (Q, C) enters at the last token.
     """
-    decay, value = tl.flip(decay, 0), tl.flip(value, 0)
-    value = tl.where(_is_first(value), value + flow[None, :, :], value)
-    ones = tl.full(decay.shape, 1.0, tl.float32)
-    _, _, flows, grad = tl.associative_scan((decay, ones, decay * value, value), 0, _chain_adjoint)
-    return tl.flip(grad, 0), last_row(flows)
+    grads = value
+    T: tl.constexpr = decay.shape[0]
+    for i in tl.static_range(T):
+        grad = row(value, T - 1 - i) + flow
+        flow = row(decay, T - 1 - i) * grad
+        grads = set_row(grads, grad, T - 1 - i)
+    return grads, flow
