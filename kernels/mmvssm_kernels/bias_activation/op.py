@@ -35,7 +35,7 @@ def _(x, bias, activation, residual, backend):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("mmvssm::bias_activation_backward", mutates_args=())
+@custom_op("bias_activation_backward")
 def bias_activation_backward_op(
     dy: Tensor, x: Tensor, bias: Tensor, activation: str | None, backend: str
 ) -> tuple[Tensor, Tensor]:
