@@ -13,8 +13,10 @@ from . import torch_gla
 _MAX_KEYS, _MAX_VALUES = 64, 128
 
 
-def _too_wide(q: Tensor, v: Tensor) -> str | None:
-    """Why the kernels cannot serve these heads; None if they can."""
+def _obstacle(q: Tensor, v: Tensor, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot serve these heads and a result, or its gradient, of this dtype; None if they can."""
+    if dtype == torch.float64:
+        return dispatch.FLOAT32_ONLY
     if q.shape[3] <= _MAX_KEYS and v.shape[3] <= _MAX_VALUES:
         return None
     return (
@@ -62,7 +64,9 @@ def bidirectional_gla_op(
         out, normed, rstd = torch_gla.bidirectional_gla_forward(*arguments)
         return out, normed.to(normed_dtype(v)), rstd
 
-    return dispatch.run("bidirectional_gla", backend, q, triton_call, torch_call, _too_wide(q, v), max_batch=None)
+    return dispatch.run(
+        "bidirectional_gla", backend, q, triton_call, torch_call, _obstacle(q, v, out_dtype), max_batch=None
+    )
 
 
 @bidirectional_gla_op.register_fake
@@ -100,7 +104,9 @@ def bidirectional_gla_backward_op(
     def torch_call():
         return torch_gla.bidirectional_gla_backward(*arguments)
 
-    return dispatch.run("bidirectional_gla", backend, q, triton_call, torch_call, _too_wide(q, v), max_batch=None)
+    return dispatch.run(
+        "bidirectional_gla", backend, q, triton_call, torch_call, _obstacle(q, v, dout.dtype), max_batch=None
+    )
 
 
 @bidirectional_gla_backward_op.register_fake

@@ -13,8 +13,10 @@ from .segments import count_segments
 _MAX_STATES = 16
 
 
-def _obstacle(A_log: Tensor) -> str | None:
-    """What keeps the Triton kernels from serving these parameters."""
+def _obstacle(A_log: Tensor, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot serve these parameters and a result, or its gradient, of this dtype; None if they can."""
+    if dtype == torch.float64:
+        return dispatch.FLOAT32_ONLY
     state = A_log.shape[1]
     return f"the kernels take at most {_MAX_STATES} states per channel, not {state}" if state > _MAX_STATES else None
 
@@ -58,7 +60,7 @@ def selective_scan_2d_op(
         y = torch_scan.selective_scan_2d_forward(*arguments).to(out_dtype).contiguous().permute(0, 3, 1, 2)
         return y, _entering_states(x, A_log).zero_()
 
-    return dispatch.run("selective_scan_2d", backend, x, triton_call, torch_call, _obstacle(A_log))
+    return dispatch.run("selective_scan_2d", backend, x, triton_call, torch_call, _obstacle(A_log, out_dtype))
 
 
 @selective_scan_2d_op.register_fake
@@ -91,7 +93,7 @@ def selective_scan_2d_backward_op(
         dx = dx.to(x.dtype).contiguous().permute(0, 3, 1, 2)
         return dx, *(g.to(w.dtype).contiguous() for g, w in zip(dweights, arguments[1:], strict=True))
 
-    return dispatch.run("selective_scan_2d", backend, x, triton_call, torch_call, _obstacle(A_log))
+    return dispatch.run("selective_scan_2d", backend, x, triton_call, torch_call, _obstacle(A_log, dy.dtype))
 
 
 @selective_scan_2d_backward_op.register_fake
