@@ -21,7 +21,7 @@ KERNELS += [f"bidirectional_gla_{part}_kernel" for part in ("summary", "scan", "
 # Only for 16-bit inputs.
 CHUNK_KERNELS = [f"bidirectional_gla_bwd_kernel_{part}" for part in ("states", "chunk")]
 KERNELS += [f"bidirectional_selective_scan_fwd_kernel_{part}" for part in ("project", "scan")]
-KERNELS += [f"bidirectional_selective_scan_bwd_kernel_{part}" for part in ("scan", "project", "finish")]
+KERNELS += [f"bidirectional_selective_scan_bwd_kernel_{part}" for part in ("scan", "project", "convolve", "finish")]
 
 
 @pytest.mark.skipif(not triton_importable(), reason="Triton has no wheels for this platform")

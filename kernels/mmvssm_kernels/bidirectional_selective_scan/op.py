@@ -13,13 +13,21 @@ from .parameters import ScanParameters
 # Tokens of a tile of the kernels, which keep the state that enters every tile for the backward pass.
 TILE = 16
 
+# Taps of the convolutions that the kernels unroll.
+MAX_TAPS = 16
+
+
+def row_size(parameters: ScanParameters) -> int:
+    """Values of a row of projections [step-size rank | B | C], the rank padded to whole vectors of four."""
+    return (parameters.rank + 3) // 4 * 4 + 2 * parameters.state
+
 
 def kept_tensors(xz: Tensor, parameters: list[Tensor], keep_states: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised tensors for what the kernels keep for the backward pass.
 
-    In float32 the states that enter all tiles but the first (K, B, tiles - 1, N, E), the projections
-    (K, B, R + 2N, padded L) and the decay rates (K, N, E); in the dtype of ``xz`` the sum of both directions before the
-    gate (B, padded L, E). All empty unless ``keep_states``.
+    In float32 the states that enter all tiles but the first (K, B, tiles - 1, E, N), the projections
+    (K, B, padded L, row), and weights and biases of the convolutions (K, W + 1, E); in the dtype of ``xz`` the sum of
+    both directions before the gate (B, padded L, E). All empty unless ``keep_states``.
     """
     if not keep_states:
         return *(xz.new_empty(0, dtype=torch.float32) for _ in range(3)), xz.new_empty(0)
@@ -28,9 +36,9 @@ def kept_tensors(xz: Tensor, parameters: list[Tensor], keep_states: bool) -> tup
     first = ScanParameters(*parameters[: len(ScanParameters._fields)])
     tiles = (length + TILE - 1) // TILE
     return (
-        xz.new_empty(directions, batch, tiles - 1, first.state, columns // 2, dtype=torch.float32),
-        xz.new_empty(directions, batch, first.x_proj_weight.shape[0], tiles * TILE, dtype=torch.float32),
-        xz.new_empty(directions, first.state, columns // 2, dtype=torch.float32),
+        xz.new_empty(directions, batch, tiles - 1, columns // 2, first.state, dtype=torch.float32),
+        xz.new_empty(directions, batch, tiles * TILE, row_size(first), dtype=torch.float32),
+        xz.new_empty(directions, first.conv_weight.shape[1] + 1, columns // 2, dtype=torch.float32),
         xz.new_empty(batch, tiles * TILE, columns // 2),
     )
 
@@ -40,7 +48,7 @@ def _obstacle(parameters: list[Tensor], dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return dispatch.FLOAT32_ONLY
     width = parameters[0].shape[1]
-    return None if width <= TILE else f"the kernels take at most {TILE} taps, not {width}"
+    return None if width <= MAX_TAPS else f"the kernels take at most {MAX_TAPS} taps, not {width}"
 
 
 def gated_empty(xz: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -82,7 +90,7 @@ def bidirectional_selective_scan_backward_op(
     parameters: list[Tensor],
     borders: Tensor,
     projected: Tensor,
-    rates: Tensor,
+    taps: Tensor,
     sums: Tensor,
     scale: float,
     backend: str,
@@ -96,7 +104,7 @@ def bidirectional_selective_scan_backward_op(
     def triton_call():
         from .triton_bwd import bidirectional_backward
 
-        return bidirectional_backward(dout, xz, parameters, scale, borders, projected, rates, sums)
+        return bidirectional_backward(dout, xz, parameters, scale, borders, projected, taps, sums)
 
     def torch_call():
         dxz, *dparameters = torch_scan.bidirectional_backward(dout, xz, parameters, scale)
@@ -108,7 +116,7 @@ def bidirectional_selective_scan_backward_op(
 
 
 @bidirectional_selective_scan_backward_op.register_fake
-def _(dout, xz, parameters, borders, projected, rates, sums, scale, backend):
+def _(dout, xz, parameters, borders, projected, taps, sums, scale, backend):
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     return dxz, xz.new_empty(sum(t.numel() for t in parameters), dtype=computing_dtype(xz))
 
@@ -120,11 +128,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dout, *unused):
-    xz, borders, projected, rates, sums, *parameters = ctx.saved_tensors
+    xz, borders, projected, taps, sums, *parameters = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(gated_empty(xz))
     dxz, flat = torch.ops.mmvssm.bidirectional_selective_scan_backward(
-        dout, xz, parameters, borders, projected, rates, sums, ctx.scale, ctx.backend
+        dout, xz, parameters, borders, projected, taps, sums, ctx.scale, ctx.backend
     )
     pieces = flat.split([t.numel() for t in parameters])
     dparameters = [g.view(t.shape).to(t.dtype) for g, t in zip(pieces, parameters, strict=True)]

@@ -1,9 +1,10 @@
 """Vim's inner block, Triton backward pass: the adjoint scans of both directions.
 
-A program owns a block of channels and a segment of one sequence, as in the forward pass, and walks each direction's
-tiles from the last to the first, starting each from the state that the forward pass kept. It recomputes the convolved
-inputs, the states and the sum before the gate; sums over channels go through the matrix unit. What has to be added
-across programs is left as partial sums, added in a fixed order: two runs agree bit for bit.
+A program owns a block of channels of one direction and a segment of one sequence, and walks its tiles from the last to
+the first, each in groups of four tokens. The state that the forward pass kept for the tile is walked through it once to
+find those that enter the groups; then, from the last group to the first, states and decays of four tokens are computed
+again and stay in registers while the gradients walk back over them. What has to be added across programs is left as
+partial sums, added in a fixed order: two runs agree bit for bit.
 """
 
 import triton
@@ -12,24 +13,104 @@ from torch import Tensor
 
 from ..triton_scan import LN_2, softplus_slope
 from .op import bidirectional_selective_scan_op
-from .triton_fwd import carry_in
-from .triton_launch import RUN_TIME_SIZES, Launch, adjacent_channels, register_limit
+from .triton_launch import RUN_TIME_SIZES, Launch, adjacent_channels
 from .triton_reduce import finish, project_backward
 from .triton_tile import (
-    convolve_tile,
-    load_inputs,
+    block_channels,
+    carry_in,
+    convolve,
     load_rows,
-    load_step_sizes,
+    load_step_weight,
     load_vector,
-    load_weight,
     load_weights,
-    previous_rows,
-    reverse_rows,
-    scan_rows,
+    of_channels,
+    of_states,
+    over_channels,
+    over_states,
     sigmoid,
     silu,
+    split_both_dot,
+    split_dot,
+    state_axes,
+    state_pointers,
+    state_rates,
+    step_sizes,
+    store_of_channels,
+    store_of_states,
     tile_tokens,
 )
+
+# Registers of a thread that let 12 programs run on a multiprocessor, and programs that fill a large GPU once.
+_MAX_REGISTERS = 168
+_ENOUGH_PROGRAMS = 12 * 132
+
+
+@triton.jit
+def _forward(state, rate, p_dt, p_u, p_B, o_local, o_state, N: tl.constexpr):
+    """Step size and input (CR, CL) of a token, its decays, and the state behind it."""
+    dt = tl.load(p_dt + o_local)
+    dt_u = dt * tl.load(p_u + o_local)
+    decay = tl.exp2(of_channels(dt) * rate)
+    return dt, dt_u, decay, decay * state + of_channels(dt_u) * of_states(load_weights(p_B, o_state, N))
+
+
+@triton.jit
+def _walk_group(state, rate, p_dt, p_u, p_B, o_local, o_state, C: tl.constexpr, ROW: tl.constexpr, N: tl.constexpr):
+    """State behind four tokens."""
+    _, _, _, state = _forward(state, rate, p_dt, p_u, p_B, o_local, o_state, N)
+    _, _, _, state = _forward(state, rate, p_dt + C, p_u + C, p_B + ROW, o_local, o_state, N)
+    _, _, _, state = _forward(state, rate, p_dt + 2 * C, p_u + 2 * C, p_B + 2 * ROW, o_local, o_state, N)
+    _, _, _, state = _forward(state, rate, p_dt + 3 * C, p_u + 3 * C, p_B + 3 * ROW, o_local, o_state, N)
+    return state
+
+
+@triton.jit
+def _backward(
+    flow,
+    dA,
+    before,
+    state,
+    decay,
+    dt,
+    dt_u,
+    rate,
+    p_w,
+    p_q,
+    p_r,
+    p_B,
+    p_dB,
+    o_local,
+    o_state,
+    N: tl.constexpr,
+):
+    """Over one token: the flow that leaves it and the sum of gradients of the decay rates.
+
+    ``before`` and ``state`` are the states in front of and behind the token, ``flow`` is what reaches the latter from
+    the next one. Stores the sums over states ``grad B`` and ``flow before rate`` (CR, CL), and dB and dC (NR, NL).
+    """
+    w = tl.load(p_w + o_local)
+    B = load_weights(p_B, o_state, N)
+    C = load_weights(p_B + N, o_state, N)
+    grad = flow + of_channels(w) * of_states(C)
+    flow = decay * grad
+    through = flow * before
+    dA += through * of_channels(dt)
+    q = over_states(grad * of_states(B))
+    r = over_states(through * rate)
+    dB = over_channels(grad * of_channels(dt_u))
+    dC = over_channels(state * of_channels(w))
+    store_of_channels(p_q, q, o_local.shape[0], o_local.shape[1])
+    store_of_channels(p_r, r, o_local.shape[0], o_local.shape[1])
+    store_of_states(p_dB, dB, N, o_state.shape[0], o_state.shape[1])
+    store_of_states(p_dB + N, dC, N, o_state.shape[0], o_state.shape[1])
+    return flow, dA
+
+
+@triton.jit
+def _summarize(flow, rate, p_dt, p_w, p_C, o_local, o_state, N: tl.constexpr):
+    """Flow that leaves a token."""
+    grad = flow + of_channels(tl.load(p_w + o_local)) * of_states(load_weights(p_C, o_state, N))
+    return tl.exp2(of_channels(tl.load(p_dt + o_local)) * rate) * grad
 
 
 @triton.jit
@@ -37,20 +118,20 @@ def _walk(
     p_xz,
     p_dout,
     p_projected,
-    p_rate,
+    p_taps,
     p_border,
     p_summary,
     p_step,
-    p_flow,
+    p_scratch,
+    p_enter,
     p_y,
     p_du,
     p_dxz,
     p_dprojected,
     p_partial,
-    p_conv_weight,
-    p_conv_bias,
     p_dt_weight,
     p_dt_bias,
+    p_A_log,
     p_skip,
     scale,
     length,
@@ -59,173 +140,181 @@ def _walk(
     n_all,
     n_tiles,
     n_segments,
-    n_slots,
-    stride_row,
     stride_x_batch,
     stride_x_token,
-    zero,
     stride_dout_batch,
     stride_dout_token,
     n_partial,
     N: tl.constexpr,
     W: tl.constexpr,
+    RANK: tl.constexpr,
     K: tl.constexpr,
     REVERSE: tl.constexpr,
     SUMMARY: tl.constexpr,
     SEGMENTED: tl.constexpr,
     T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    NR: tl.constexpr,
+    CR: tl.constexpr,
+    NL: tl.constexpr,
+    CL: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The programs of one direction."""
-    o_channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C) + zero
-    m_channel = o_channel < channels
+    C: tl.constexpr = CR * CL
+    ROW: tl.constexpr = RANK + 2 * N
+    i_block = tl.program_id(0)
     i_segment = tl.program_id(1) // K
     i_direction = 1 if REVERSE else 0
     i_batch = tl.program_id(2).to(tl.int64)
-    i_sequence = i_direction * tl.num_programs(2) + i_batch
-    rows = rank + 2 * N
-    stride_state = N * channels
+    n_batch = tl.num_programs(2)
+    i_sequence = i_direction * n_batch + i_batch
+    i_program = (i_sequence * n_segments + i_segment) * tl.num_programs(0) + i_block
     p_x = p_xz + i_batch * stride_x_batch
     p_z = p_x + channels
     p_dout += i_batch * stride_dout_batch
-    p_y += i_batch * stride_row * channels
+    p_y += i_batch * n_all * T * channels
     p_dz = p_dxz + i_batch * length * 2 * channels + channels
-    p_du += i_sequence * stride_row * channels
-    p_projected += i_sequence * rows * stride_row
-    p_dprojected += (tl.program_id(0).to(tl.int64) * K * tl.num_programs(2) + i_sequence) * stride_row * rows
-    p_rate += i_direction * stride_state
-    p_border += i_sequence * n_slots * stride_state
-    p_summary += i_sequence * n_segments * stride_state
+    p_du += i_sequence * n_all * T * channels
+    p_projected += i_sequence * n_all * T * ROW
+    # Rows of the backward direction are written from the last to the first.
+    STEP: tl.constexpr = -ROW if REVERSE else ROW
+    p_dprojected += (i_block.to(tl.int64) * K * n_batch + i_sequence) * n_all * T * ROW
+    if REVERSE:
+        p_dprojected += (n_all * T - 1) * ROW
+    p_taps += i_direction * (W + 1) * channels
+    p_border += i_sequence * (n_all - 1) * N * channels
+    p_summary += i_sequence * n_segments * N * channels
     p_step += i_sequence * n_segments * channels
-    p_flow += i_sequence * n_segments * stride_state
     p_partial += ((i_batch * n_segments + i_segment) * K + i_direction) * n_partial * channels
-    i_row = tl.arange(0, T)
-    o_rank = tl.arange(0, BLOCK_R)
-    m_rank = o_rank < rank
-    o_state = tl.arange(0, BLOCK_N)
-    m_state = o_state < N
-    weight = load_weight(p_dt_weight, o_channel, m_channel, o_rank, m_rank, rank)
+    p_dt = p_scratch + i_program * (5 * T * C)
+    p_u = p_dt + T * C
+    p_w = p_u + T * C
+    p_q = p_w + T * C
+    p_r = p_q + T * C
+    p_enter += i_program * (T // 4 * N * C)
+
+    o_channel, m_channel = block_channels(i_block, channels, C)
+    o_tile = tl.arange(0, T)[:, None] * C + tl.max_contiguous(tl.arange(0, C), 4)[None, :]
+    o_state, o_local = state_axes(NR, CR, NL, CL)
+    o_owned = i_block * C + o_local
+    m_owned = (o_owned < channels) | (channels % C == 0)
+    m_exists = of_states((o_state < N) | (NR * NL == N))
+    m_states = of_channels(m_owned) & m_exists
+    rate = state_rates(p_A_log, o_state, o_owned, m_states, N)
+    weight = load_step_weight(p_dt_weight, o_channel, m_channel, rank, BLOCK_R, p_xz.dtype.element_ty)
     bias = load_vector(p_dt_bias, o_channel, m_channel)
     skip = load_vector(p_skip, o_channel, m_channel)
     n_own = tl.minimum(n_tiles, n_all - i_segment * n_tiles)
     i_first = n_all - i_segment * n_tiles - n_own if REVERSE else i_segment * n_tiles
-    p_slot = p_flow + i_segment * stride_state
-    if SUMMARY:
-        p_slot = p_summary + i_segment * stride_state
-    elif SEGMENTED:
-        carry_in(
-            p_summary, p_step, p_rate, p_slot, i_segment, n_segments, o_channel, m_channel, channels, not REVERSE, N
+    flow = tl.zeros(rate.shape, tl.float32)
+    if SEGMENTED and not SUMMARY:
+        ORDER: tl.constexpr = not REVERSE
+        flow = carry_in(
+            p_summary, p_step, rate, i_segment, n_segments, o_state, o_owned, m_states, m_owned, channels, N, ORDER
         )
-        tl.debug_barrier()
-    steps = tl.zeros(bias.shape, tl.float32)
-    dbias = tl.zeros(bias.shape, tl.float32)
-    dskip = tl.zeros(bias.shape, tl.float32)
-    dweight = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    ones = tl.full((BLOCK_C, BLOCK_N), 1.0, tl.float32)
+    dA = tl.zeros(rate.shape, tl.float32)
+    steps = tl.zeros((C,), tl.float32)
+    dbias = tl.zeros((C,), tl.float32)
+    dskip = tl.zeros((C,), tl.float32)
+    dweight = tl.zeros((BLOCK_R, C), tl.float32)
     for i in range(n_own):
         i_tile = i_first + n_own - 1 - i
-        o_scan, o_token = tile_tokens(i_tile, n_all, REVERSE, T)
+        o_scan, o_token = tile_tokens(i_tile, n_all, T, REVERSE)
         m_token = o_token < length
-        m_tile = m_token[:, None] & m_channel[None, :]
-        o_row = tl.minimum(o_token, length - 1)
-        low_rank, dt = load_step_sizes(p_projected, weight, bias, o_scan, o_rank, m_rank, stride_row, PRECISION)
-        z = load_rows(p_z, o_row, o_channel, m_channel, stride_x_token)
-        dout = scale * load_rows(p_dout, o_row, o_channel, m_channel, stride_dout_token)
+        low_rank, dt = step_sizes(p_projected, weight, bias, o_scan, rank, ROW, BLOCK_R, PRECISION)
+        tl.store(p_dt + o_tile, dt)
+        z = load_rows(p_z, o_token, m_token, o_channel, m_channel, stride_x_token)
+        dout = scale * load_rows(p_dout, o_token, m_token, o_channel, m_channel, stride_dout_token)
         gate = sigmoid(z)
-        dy = dout * z * gate
-        # The flow that enters the last tile of a segment: from the segments behind it, or none.
-        m_flow = m_channel & ((i > 0) | (SEGMENTED and not SUMMARY))
-        m_first = (i_row[:, None] == 0) & m_channel[None, :]
-        if not SUMMARY:
-            if not REVERSE:
-                y = load_rows(p_y, o_token, o_channel, m_channel, channels)
-                dz = dout * y * gate * (1.0 + z * (1.0 - gate))
-                p_tile = p_dz + o_token[:, None] * (2 * channels) + o_channel[None, :]
-                tl.store(p_tile, dz.to(p_dz.dtype.element_ty), mask=m_tile)
-            x = load_inputs(p_x, i_tile, n_all, length, o_channel, m_channel, stride_x_token, REVERSE, T)
-            conv = convolve_tile(
-                x,
-                p_x,
-                p_conv_weight,
-                p_conv_bias,
-                i_tile,
-                n_all,
-                length,
-                o_channel,
-                m_channel,
-                stride_x_token,
-                i_row,
-                REVERSE,
-                W,
-                T,
-            )
-            # Rounded as in the forward pass. Left where du will go, so that it takes no registers in the loop below.
-            o_tile = o_token[:, None] * channels + o_channel[None, :]
-            u = silu(conv).to(p_du.dtype.element_ty)
-            tl.store(p_du + o_tile, u, mask=m_channel[None, :])
-            u = u.to(tl.float32)
-            dskip += tl.sum(tl.where(m_token[:, None], u * dy, 0.0), axis=0)
-            dt_u = dt * u
-            dinput = tl.zeros(dt.shape, tl.float32)
-            drate = tl.zeros(dt.shape, tl.float32)
-            dB = tl.zeros((T, BLOCK_N), tl.float32)
-            dC = tl.zeros((T, BLOCK_N), tl.float32)
-            p_enter = p_border + (i_tile.to(tl.int64) - 1) * stride_state
-            m_enter = m_channel & (i_tile > 0)
-        for n in range(N):
-            rate = tl.load(p_rate + n * channels + o_channel, mask=m_channel, other=0.0)
-            flow_in = tl.load(p_slot + n * channels + o_channel, mask=m_flow, other=0.0)
-            B, C = load_weights(p_projected, n, o_scan, rank, stride_row, N)
-            decay = tl.exp2(dt * rate[None, :])
-            # The gradient of a state and what flows from it to the state before, decay * grad, from the last row up.
-            upwards = reverse_rows(dy * C[:, None])
-            upwards = tl.where(i_row[:, None] == 0, upwards + flow_in[None, :], upwards)
-            following = previous_rows(reverse_rows(decay), flow_in[None, :], i_row)
-            grad = reverse_rows(scan_rows(following, upwards))
-            flow = decay * grad
-            tl.store(tl.broadcast_to((p_slot + n * channels + o_channel)[None, :], flow.shape), flow, mask=m_first)
-            if not SUMMARY:
-                enter = tl.load(p_enter + n * channels + o_channel, mask=m_enter, other=0.0)
-                value = dt_u * B[:, None]
-                value = tl.where(i_row[:, None] == 0, value + decay * enter[None, :], value)
-                states = scan_rows(decay, value)
-                dinput += grad * B[:, None]
-                through = flow * previous_rows(states, enter[None, :], i_row)
-                drate += through * rate[None, :]
-                # A = -exp(A_log), so the gradient of A_log is A times that of A.
-                p_dA = p_partial + n * channels + o_channel
-                dA = tl.load(p_dA, mask=m_channel & (i > 0), other=0.0)
-                dA += tl.sum(dt * through, axis=0) * (rate * LN_2)
-                tl.store(p_dA, dA, mask=m_channel)
-                # Every column of a product with ones is the sum over channels.
-                is_n = (o_state == n)[None, :]
-                dB = tl.where(is_n, tl.dot(grad * dt_u, ones, input_precision=PRECISION), dB)
-                dC = tl.where(is_n, tl.dot(states * dy, ones, input_precision=PRECISION), dC)
+        w = dout * z * gate
+        tl.store(p_w + o_tile, w)
         if SUMMARY:
             steps += tl.sum(dt, axis=0)
         else:
-            tl.debug_barrier()  # u stored above is read here, perhaps by other threads
-            u = load_rows(p_du, o_token, o_channel, m_channel, channels)
-            draw = (u * dinput + LN_2 * drate) * softplus_slope(dt)
+            if not REVERSE:
+                y = load_rows(p_y, o_token, m_token, o_channel, m_channel, channels)
+                dz = dout * y * gate * (1.0 + z * (1.0 - gate))
+                p_tile = p_dz + o_token[:, None] * (2 * channels) + o_channel[None, :]
+                tl.store(p_tile, dz.to(p_dz.dtype.element_ty), mask=m_token[:, None] & m_channel[None, :])
+            conv = convolve(p_x, p_taps, o_token, length, o_channel, m_channel, channels, stride_x_token, REVERSE, W)
+            u = silu(conv)
+            dskip += tl.sum(u * w, axis=0)
+            tl.store(p_u + o_tile, u)
+        tl.debug_barrier()  # other lanes read what is stored above, here and below
+        p_B = p_projected + i_tile * T * ROW + RANK
+        if SUMMARY:
+            for j in range(0, T, 4):
+                k = T - 1 - j
+                p_C = p_B + N + k * ROW
+                p_t = p_dt + k * C
+                p_v = p_w + k * C
+                flow = _summarize(flow, rate, p_t, p_v, p_C, o_local, o_state, N)
+                flow = _summarize(flow, rate, p_t - C, p_v - C, p_C - ROW, o_local, o_state, N)
+                flow = _summarize(flow, rate, p_t - 2 * C, p_v - 2 * C, p_C - 2 * ROW, o_local, o_state, N)
+                flow = _summarize(flow, rate, p_t - 3 * C, p_v - 3 * C, p_C - 3 * ROW, o_local, o_state, N)
+            tl.debug_barrier()
+        else:
+            p_kept = state_pointers(p_border + (i_tile.to(tl.int64) - 1) * N * channels, o_state, o_owned, N)
+            state = tl.load(p_kept, mask=m_states & (i_tile > 0), other=0.0)
+            tl.store(state_pointers(p_enter, o_state, o_local, N), state, mask=m_exists)
+            for j in range(0, T - 4, 4):
+                state = _walk_group(state, rate, p_dt + j * C, p_u + j * C, p_B + j * ROW, o_local, o_state, C, ROW, N)
+                tl.store(state_pointers(p_enter + (j // 4 + 1) * (N * C), o_state, o_local, N), state, mask=m_exists)
+            p_dB = p_dprojected + i_tile * T * STEP + RANK
+            for i_group in range(T // 4):
+                j = T - 4 - 4 * i_group
+                p_t = p_dt + j * C
+                p_v = p_u + j * C
+                p_b = p_B + j * ROW
+                p_g = p_dB + j * STEP
+                h0 = tl.load(state_pointers(p_enter + j // 4 * (N * C), o_state, o_local, N), mask=m_exists, other=0.0)
+                dt0, v0, a0, h1 = _forward(h0, rate, p_t, p_v, p_b, o_local, o_state, N)
+                dt1, v1, a1, h2 = _forward(h1, rate, p_t + C, p_v + C, p_b + ROW, o_local, o_state, N)
+                dt2, v2, a2, h3 = _forward(h2, rate, p_t + 2 * C, p_v + 2 * C, p_b + 2 * ROW, o_local, o_state, N)
+                dt3, v3, a3, h4 = _forward(h3, rate, p_t + 3 * C, p_v + 3 * C, p_b + 3 * ROW, o_local, o_state, N)
+                p_a = p_w + j * C
+                p_c = p_q + j * C
+                p_d = p_r + j * C
+                flow, dA = _backward(
+                    flow, dA, h3, h4, a3, dt3, v3, rate, p_a + 3 * C, p_c + 3 * C, p_d + 3 * C, p_b + 3 * ROW,
+                    p_g + 3 * STEP, o_local, o_state, N,
+                )  # fmt: skip
+                flow, dA = _backward(
+                    flow, dA, h2, h3, a2, dt2, v2, rate, p_a + 2 * C, p_c + 2 * C, p_d + 2 * C, p_b + 2 * ROW,
+                    p_g + 2 * STEP, o_local, o_state, N,
+                )  # fmt: skip
+                flow, dA = _backward(
+                    flow, dA, h1, h2, a1, dt1, v1, rate, p_a + C, p_c + C, p_d + C, p_b + ROW,
+                    p_g + STEP, o_local, o_state, N,
+                )  # fmt: skip
+                flow, dA = _backward(
+                    flow, dA, h0, h1, a0, dt0, v0, rate, p_a, p_c, p_d, p_b, p_g, o_local, o_state, N,
+                )  # fmt: skip
+            tl.debug_barrier()
+            dt = tl.load(p_dt + o_tile)
+            q = tl.load(p_q + o_tile)
+            draw = (tl.load(p_u + o_tile) * q + LN_2 * tl.load(p_r + o_tile)) * softplus_slope(dt)
+            du = dt * q + skip[None, :] * tl.load(p_w + o_tile)
+            p_tile = p_du + o_token[:, None] * channels + o_channel[None, :]
+            tl.store(p_tile, du.to(p_du.dtype.element_ty), mask=m_channel[None, :])
             dbias += tl.sum(draw, axis=0)
-            tl.store(
-                p_du + o_tile, (dt * dinput + skip[None, :] * dy).to(p_du.dtype.element_ty), mask=m_channel[None, :]
-            )
-            dlow_rank = tl.dot(draw, tl.trans(weight), input_precision=PRECISION)
-            dweight += tl.dot(tl.trans(low_rank), draw, input_precision=PRECISION)
-            p_row = p_dprojected + o_token[:, None] * (rank + 2 * N)
-            tl.store(p_row + o_rank[None, :], dlow_rank, mask=m_rank[None, :])
-            tl.store(p_row + rank + o_state[None, :], dB, mask=m_state[None, :])
-            tl.store(p_row + rank + N + o_state[None, :], dC, mask=m_state[None, :])
-        tl.debug_barrier()  # flows and gradients of A stored above are loaded for the next tile
+            o_rank = tl.arange(0, BLOCK_R)
+            dlow_rank = split_dot(draw, tl.trans(weight), tl.zeros((T, BLOCK_R), tl.float32), PRECISION)
+            p_low = p_dprojected + o_scan[:, None] * STEP + o_rank[None, :]
+            tl.store(p_low, dlow_rank, mask=(o_rank < rank)[None, :])
+            dweight = split_both_dot(tl.trans(low_rank), draw, dweight, weight.dtype, PRECISION)
     if SUMMARY:
+        tl.store(state_pointers(p_summary + i_segment * N * channels, o_state, o_owned, N), flow, mask=m_states)
         tl.store(p_step + i_segment * channels + o_channel, steps, mask=m_channel)
     else:
-        p_partial += stride_state + o_channel
-        tl.store(p_partial[None, :] + o_rank[:, None] * channels, dweight, mask=m_rank[:, None] & m_channel[None, :])
+        # A = -exp(A_log), so the gradient of A_log is A times that of A.
+        p_dA = p_partial + of_states(o_state) * channels + of_channels(o_owned)
+        tl.store(p_dA, dA * (rate * LN_2), mask=m_states)
+        p_partial += N * channels + o_channel
+        o_rank = tl.arange(0, BLOCK_R)
+        m_weight = (o_rank < rank)[:, None] & m_channel[None, :]
+        tl.store(p_partial[None, :] + o_rank[:, None] * channels, dweight, mask=m_weight)
         tl.store(p_partial + rank * channels, dbias, mask=m_channel)
         tl.store(p_partial + (rank + 1) * channels, dskip, mask=m_channel)
 
@@ -235,25 +324,24 @@ def bidirectional_selective_scan_bwd_kernel_scan(
     p_xz,
     p_dout,
     p_projected,
-    p_rate,
+    p_taps,
     p_border,
     p_summary,
     p_step,
-    p_flow,
+    p_scratch,
+    p_enter,
     p_y,
     p_du,
     p_dxz,
     p_dprojected,
     p_partial,
-    p_conv_weight,
-    p_conv_bias,
     p_dt_weight,
     p_dt_bias,
+    p_A_log,
     p_skip,
-    p_conv_weight_b,
-    p_conv_bias_b,
     p_dt_weight_b,
     p_dt_bias_b,
+    p_A_log_b,
     p_skip_b,
     scale,
     length,
@@ -262,49 +350,49 @@ def bidirectional_selective_scan_bwd_kernel_scan(
     n_all,
     n_tiles,
     n_segments,
-    n_slots,
-    stride_row,
     stride_x_batch,
     stride_x_token,
-    zero,
     stride_dout_batch,
     stride_dout_token,
     n_partial,
     N: tl.constexpr,
     W: tl.constexpr,
+    RANK: tl.constexpr,
     K: tl.constexpr,
     SUMMARY: tl.constexpr,
     SEGMENTED: tl.constexpr,
     T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    NR: tl.constexpr,
+    CR: tl.constexpr,
+    NL: tl.constexpr,
+    CL: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gradients up to those of u; or only what each segment's adjoint scan hands on.
 
-    Writes du (K, B, L, E), the gate's half of dxz (B, L, 2E), dprojected (channel blocks, K, B, L, R + 2N), and of
-    every program's partial sums (B S, K, n_partial, E) the rows of A_log, dt_proj_weight, dt_proj_bias and D.
+    Writes du (K, B, L, E), the gate's half of dxz (B, L, 2E), dprojected (channel blocks, K, B, L, row), and of every
+    program's partial sums (B S, K, n_partial, E) the rows of A_log, dt_proj_weight, dt_proj_bias and D.
     """
     if tl.program_id(1) % K == 0:
         _walk(
             p_xz,
             p_dout,
             p_projected,
-            p_rate,
+            p_taps,
             p_border,
             p_summary,
             p_step,
-            p_flow,
+            p_scratch,
+            p_enter,
             p_y,
             p_du,
             p_dxz,
             p_dprojected,
             p_partial,
-            p_conv_weight,
-            p_conv_bias,
             p_dt_weight,
             p_dt_bias,
+            p_A_log,
             p_skip,
             scale,
             length,
@@ -313,24 +401,24 @@ def bidirectional_selective_scan_bwd_kernel_scan(
             n_all,
             n_tiles,
             n_segments,
-            n_slots,
-            stride_row,
             stride_x_batch,
             stride_x_token,
-            zero,
             stride_dout_batch,
             stride_dout_token,
             n_partial,
             N,
             W,
+            RANK,
             K,
             False,
             SUMMARY,
             SEGMENTED,
             T,
-            BLOCK_C,
+            NR,
+            CR,
+            NL,
+            CL,
             BLOCK_R,
-            BLOCK_N,
             PRECISION,
         )
     else:
@@ -338,20 +426,20 @@ def bidirectional_selective_scan_bwd_kernel_scan(
             p_xz,
             p_dout,
             p_projected,
-            p_rate,
+            p_taps,
             p_border,
             p_summary,
             p_step,
-            p_flow,
+            p_scratch,
+            p_enter,
             p_y,
             p_du,
             p_dxz,
             p_dprojected,
             p_partial,
-            p_conv_weight_b,
-            p_conv_bias_b,
             p_dt_weight_b,
             p_dt_bias_b,
+            p_A_log_b,
             p_skip_b,
             scale,
             length,
@@ -360,63 +448,58 @@ def bidirectional_selective_scan_bwd_kernel_scan(
             n_all,
             n_tiles,
             n_segments,
-            n_slots,
-            stride_row,
             stride_x_batch,
             stride_x_token,
-            zero,
             stride_dout_batch,
             stride_dout_token,
             n_partial,
             N,
             W,
+            RANK,
             K,
             True,
             SUMMARY,
             SEGMENTED,
             T,
-            BLOCK_C,
+            NR,
+            CR,
+            NL,
+            CL,
             BLOCK_R,
-            BLOCK_N,
             PRECISION,
         )
 
 
 def bidirectional_backward(
-    dout: Tensor, xz: Tensor, parameters: list[Tensor], scale: float, borders, projected, rates, sums
+    dout: Tensor, xz: Tensor, parameters: list[Tensor], scale: float, borders, projected, taps, sums
 ) -> tuple[Tensor, Tensor]:
     """Gradient of ``xz`` (B, L, 2E), and those of all parameters, flat and in float32."""
     if projected.numel() == 0:
         arguments = (xz, parameters, scale, True, xz.dtype, "triton")
-        _, borders, projected, rates, sums = bidirectional_selective_scan_op(*arguments)
+        _, borders, projected, taps, sums = bidirectional_selective_scan_op(*arguments)
     launch = Launch(xz, parameters)
     dout = adjacent_channels(dout)
-    batch, length, channels, state = launch.batch, launch.length, launch.channels, launch.state
+    batch, length, channels = launch.batch, launch.length, launch.channels
     sequences = (launch.directions, batch)
-    summary, steps = launch.summaries()
-    flows = launch.empty(*sequences, launch.segments, state, channels)
-    du = launch.empty(*sequences, launch.padded, channels, dtype=xz.dtype)
+    grid, n_tiles, segments, constants = launch.plan(_MAX_REGISTERS, _ENOUGH_PROGRAMS, launch.directions)
+    summary, steps = launch.summaries(segments)
+    block, tile = constants["CR"] * constants["CL"], constants["T"]
+    programs = grid[0] * grid[1] * grid[2]
+    scratch = launch.empty(programs, 5, tile, block)
+    enter = launch.empty(programs, tile // 4, block, launch.state)
+    # In float32: its rounding is what the gradients of small models suffer from most.
+    du = launch.empty(*sequences, launch.padded, channels)
     dxz = launch.empty(batch, length, 2 * channels, dtype=xz.dtype)
-    dprojected = launch.empty(launch.grid[0], *sequences, launch.padded, launch.rows)
-    partial = launch.empty(batch * launch.segments, launch.directions, launch.partial_rows, channels)
-    members = [[p[i] for i in (0, 1, 3, 4, 6)] for p in launch.parameters]
-    tensors = (launch.xz, dout, projected, rates, borders, summary, steps, flows, sums, du, dxz, dprojected, partial)
-    arguments = (*tensors, *members[0], *members[-1], scale, *launch.sizes, launch.tiles - 1, *launch.strides)
-    arguments += (*dout.stride()[:2], launch.partial_rows)
-    block_state = max(16, triton.next_power_of_2(state))
-    # Ten warps of this many registers fit on a multiprocessor; with fewer the loop over states would spill.
-    constants = launch.constants | dict(
-        **register_limit(200),
-        K=launch.directions,
-        W=launch.width,
-        BLOCK_N=block_state,
-        SEGMENTED=launch.segments > 1,
-        num_stages=1,
-    )
-    grid = (launch.grid[0], launch.segments * launch.directions, batch)
-    if launch.segments > 1:
+    dprojected = launch.empty(grid[0], *sequences, launch.padded, launch.row)
+    partial = launch.empty(batch * segments, launch.directions, launch.state + launch.rank + 2, channels)
+    members = [p[3:] for p in launch.parameters]
+    tensors = (launch.xz, dout, projected, taps, borders, summary, steps, scratch, enter, sums, du, dxz, dprojected)
+    sizes = (launch.length, launch.channels, launch.rank, launch.tiles, n_tiles, segments)
+    arguments = (*tensors, partial, *members[0], *members[-1], scale, *sizes)
+    arguments += (*launch.xz.stride()[:2], *dout.stride()[:2], partial.shape[2])
+    constants |= dict(K=launch.directions, SEGMENTED=segments > 1)
+    if segments > 1:
         bidirectional_selective_scan_bwd_kernel_scan[grid](*arguments, SUMMARY=True, **constants)
     bidirectional_selective_scan_bwd_kernel_scan[grid](*arguments, SUMMARY=False, **constants)
-    dprojected = dprojected.sum(0) if launch.grid[0] > 1 else dprojected[0]
-    project_backward(launch, dprojected, du, dxz, partial)
-    return dxz, finish(launch, partial)
+    dprojected = dprojected.sum(0) if grid[0] > 1 else dprojected[0]
+    return dxz, finish(launch, partial, *project_backward(launch, dprojected, du, dxz, taps))

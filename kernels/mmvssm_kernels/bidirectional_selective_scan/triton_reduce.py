@@ -1,343 +1,352 @@
 """Vim's inner block, Triton backward pass: through the projections and convolutions, and the sums of partial sums.
 
-A program of the first kernel owns a block of channels and a segment of one sequence. It walks each direction's tiles
-from the last to the first: gradient of u from the scan plus that from the projection, back through the SiLU and through
-the convolution, whose adjoint needs a few rows of the tile behind. At the end of a segment that tile is computed, too,
-so that programs do not wait for each other.
+The first kernel adds the gradient of u from the projection to that from the scan and takes it back through the SiLU;
+the second goes through the convolutions of both directions; the third adds what the programs of all kernels left as
+partial sums, in a fixed order.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_tile import (
-    convolve_tile,
-    detach_layout,
-    earlier_inputs,
-    load_inputs,
-    load_rows,
-    load_tap,
-    previous_rows,
-    reverse_rows,
-    sigmoid,
-    tile_tokens,
-)
+from .triton_tile import block_channels, convolve, load_rows, load_vector, sigmoid, split_dot
+
+# Tokens of a program of the first and of the second kernel.
+_PROJECT_TOKENS = 256
+_CONVOLVE_TOKENS = 32
 
 
 @triton.jit
-def _convolve_adjoint(dconv, later, p_weight, o_channel, m_channel, i_row, W: tl.constexpr):
-    """Gradient of x (T, C) of a tile from those of the convolution's results, ``later`` of the tile behind it."""
-    dx = dconv * load_tap(p_weight, 0, o_channel, m_channel, W)
-    # In reversed order the rows behind are previous ones; those of ``later`` come in at the top one by one.
-    rows = reverse_rows(dconv)
-    for k in tl.static_range(1, W):
-        rows = previous_rows(rows, later, i_row)
-        later = reverse_rows(previous_rows(reverse_rows(later), later, i_row))
-        dx += reverse_rows(rows) * load_tap(p_weight, k, o_channel, m_channel, W)
-    return dx
-
-
-@triton.jit
-def _unproject_direction(
+def _unproject(
     p_x,
     p_dprojected,
     p_du,
-    p_dx,
-    p_dxz,
-    p_conv_weight,
-    p_conv_bias,
+    p_dconv,
+    p_taps,
     p_x_weight,
     p_partial,
-    i_segment,
-    o_channel,
-    m_channel,
     length,
     channels: tl.constexpr,
-    rows,
-    n_all,
-    n_tiles,
+    rank,
     stride_x_token,
+    n_blocks,
+    N: tl.constexpr,
     W: tl.constexpr,
+    RANK: tl.constexpr,
     REVERSE: tl.constexpr,
-    ADD: tl.constexpr,
-    T: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_W: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One direction; of its partial sums conv_weight (W, E), conv_bias (E) and x_proj_weight (R + 2N, E)."""
-    i_row = tl.arange(0, T)
-    o_projected = tl.arange(0, BLOCK_P)
-    m_projected = o_projected < rows
-    m_x_weight = m_projected[:, None] & m_channel[None, :]
-    o_x_weight = o_projected[:, None] * channels + o_channel[None, :]
-    # Operands of the products have the dtype of xz.
-    narrow = p_dxz.dtype.element_ty
-    x_weight = tl.load(p_x_weight + o_x_weight, mask=m_x_weight, other=0.0).to(narrow)
-    dx_weight = tl.zeros(x_weight.shape, tl.float32)
-    dbias = tl.zeros(o_channel.shape, tl.float32)
-    # One row for each tap.
-    i_tap = tl.arange(0, BLOCK_W)
-    dtaps = tl.zeros((BLOCK_W, o_channel.shape[0]), tl.float32)
-    n_own = tl.minimum(n_tiles, n_all - i_segment * n_tiles)
-    i_first = n_all - i_segment * n_tiles - n_own if REVERSE else i_segment * n_tiles
-    i_end = i_first + n_own
-    later = tl.zeros((T, o_channel.shape[0]), tl.float32)
-    for i in range(tl.where(i_end < n_all, 0, 1), n_own + 1):
-        i_tile = i_end - i
-        owned = i > 0
-        _, o_token = tile_tokens(i_tile, n_all, REVERSE, T)
+    ROW: tl.constexpr = RANK + 2 * N
+    o_channel, m_channel = block_channels(tl.program_id(0), channels, BLOCK_C)
+    o_row = tl.arange(0, BLOCK_P)
+    # Row of the weight that belongs to a column of projections; those between rank and RANK are padding.
+    o_weight = tl.where(o_row < RANK, o_row, o_row - RANK + rank)
+    m_row = (o_row < rank) | ((o_row >= RANK) & (o_row < ROW))
+    m_weight = m_row[:, None] & m_channel[None, :]
+    narrow = p_x.dtype.element_ty
+    o_x_weight = o_weight[:, None] * channels + o_channel[None, :]
+    weight = tl.load(p_x_weight + o_x_weight, mask=m_weight, other=0.0).to(narrow)
+    dweight = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    dbias = tl.zeros((BLOCK_C,), tl.float32)
+    for i in range(n_blocks):
+        o_token = (tl.program_id(1) * n_blocks + i) * BLOCK_T + tl.arange(0, BLOCK_T)
         m_token = o_token < length
-        x = load_inputs(p_x, i_tile, n_all, length, o_channel, m_channel, stride_x_token, REVERSE, T)
-        conv = convolve_tile(
-            x,
-            p_x,
-            p_conv_weight,
-            p_conv_bias,
-            i_tile,
-            n_all,
-            length,
-            o_channel,
-            m_channel,
-            stride_x_token,
-            i_row,
-            REVERSE,
-            W,
-            T,
-        )
+        p_rows = p_dprojected + o_token[:, None] * ROW + o_row[None, :]
+        dprojected = tl.load(p_rows, mask=m_token[:, None] & m_row[None, :], other=0.0)
+        du = load_rows(p_du, o_token, m_token, o_channel, m_channel, channels)
+        du = split_dot(dprojected, weight, du, PRECISION)
+        conv = convolve(p_x, p_taps, o_token, length, o_channel, m_channel, channels, stride_x_token, REVERSE, W)
         slope = sigmoid(conv)
-        dprojected = tl.load(
-            p_dprojected + o_token[:, None] * rows + o_projected[None, :],
-            mask=m_token[:, None] & m_projected[None, :],
-            other=0.0,
-        ).to(narrow)
-        du = load_rows(p_du, o_token, o_channel, m_channel, channels)
-        du += detach_layout(tl.dot(dprojected, x_weight, input_precision=PRECISION))
-        dconv = tl.where(m_token[:, None], du * slope * (1.0 + conv * (1.0 - slope)), 0.0)
-        dx = _convolve_adjoint(dconv, later, p_conv_weight, o_channel, m_channel, i_row, W)
-        later = dconv
-        if owned:
-            o_tile = o_token[:, None] * channels + o_channel[None, :]
-            if ADD:
-                dx += load_rows(p_dx, o_token, o_channel, m_channel, channels)
-            if REVERSE:
-                tl.store(p_dx + o_tile, dx, mask=m_channel[None, :])
-            else:
-                p_tile = p_dxz + o_token[:, None] * (2 * channels) + o_channel[None, :]
-                tl.store(p_tile, dx.to(p_dxz.dtype.element_ty), mask=m_token[:, None] & m_channel[None, :])
-            dbias += tl.sum(dconv, axis=0)
-            for k in tl.static_range(W):
-                dtap = tl.sum(dconv * x, axis=0)[None, :]
-                dtaps += tl.where((i_tap == W - 1 - k)[:, None], dtap, 0.0)
-                if k < W - 1:
-                    x = earlier_inputs(
-                        x, k, p_x, i_tile, n_all, length, o_channel, m_channel, stride_x_token, i_row, REVERSE, T
-                    )
-            u = (conv * slope).to(narrow)
-            dx_weight = tl.dot(tl.trans(dprojected), u, dx_weight, input_precision=PRECISION)
-    p_taps = p_partial + i_tap[:, None] * channels + o_channel[None, :]
-    tl.store(p_taps, dtaps, mask=(i_tap < W)[:, None] & m_channel[None, :])
-    p_partial += W * channels
+        u = tl.where(m_token[:, None], conv * slope, 0.0).to(narrow)
+        dconv = du * slope * (1.0 + conv * (1.0 - slope))
+        p_tile = p_dconv + o_token[:, None] * channels + o_channel[None, :]
+        tl.store(p_tile, dconv.to(p_dconv.dtype.element_ty), mask=m_token[:, None] & m_channel[None, :])
+        dbias += tl.sum(dconv, axis=0)
+        dweight = split_dot(tl.trans(dprojected), u, dweight, PRECISION)
     tl.store(p_partial + o_channel, dbias, mask=m_channel)
-    tl.store(p_partial + channels + o_x_weight, dx_weight, mask=m_x_weight)
+    tl.store(p_partial + channels + o_x_weight, dweight, mask=m_weight)
 
 
-@triton.jit(do_not_specialize=["length", "n_all", "n_tiles", "n_segments", "zero"])
+@triton.jit(do_not_specialize=["length", "n_padded", "n_blocks"])
 def bidirectional_selective_scan_bwd_kernel_project(
     p_x,
     p_dprojected,
     p_du,
-    p_dx,
-    p_dxz,
+    p_dconv,
+    p_taps,
     p_partial,
-    p_conv_weight,
-    p_conv_bias,
     p_x_weight,
-    p_conv_weight_b,
-    p_conv_bias_b,
     p_x_weight_b,
     length,
     channels: tl.constexpr,
-    rows,
-    n_all,
-    n_tiles,
-    n_segments,
-    n_partial,
-    o_partial,
+    rank,
+    n_padded,
+    n_blocks,
     stride_x_batch,
     stride_x_token,
-    zero,
+    N: tl.constexpr,
     W: tl.constexpr,
+    RANK: tl.constexpr,
     K: tl.constexpr,
-    T: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_W: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The inputs' half of dxz (B, L, 2E), and the rows from ``o_partial`` on of every program's partial sums."""
-    i_segment = tl.program_id(1)
-    i_batch = tl.program_id(2).to(tl.int64)
-    i_other = tl.num_programs(2) + i_batch
-    o_channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C) + zero
-    m_channel = o_channel < channels
+    """Gradients of the convolutions' results (K, B, L, E), and of every program's sums conv_bias and x_proj_weight."""
+    i_batch = tl.program_id(2).to(tl.int64) // K
+    i_direction = tl.program_id(2) % K
+    i_sequence = i_direction * (tl.num_programs(2) // K) + i_batch
     p_x += i_batch * stride_x_batch
-    p_dx += i_batch * n_all * T * channels
-    p_dxz += i_batch * length * 2 * channels
-    p_partial += ((i_batch * n_segments + i_segment) * K * n_partial + o_partial) * channels
-    if K == 2:
-        _unproject_direction(
+    p_dprojected += i_sequence * n_padded * (RANK + 2 * N)
+    p_du += i_sequence * n_padded * channels
+    p_dconv += i_sequence * length * channels
+    i_program = (i_batch * tl.num_programs(1) + tl.program_id(1)) * K + i_direction
+    p_partial += i_program * (rank + 2 * N + 1) * channels
+    if i_direction == 0:
+        _unproject(
             p_x,
-            p_dprojected + i_other * n_all * T * rows,
-            p_du + i_other * n_all * T * channels,
-            p_dx,
-            p_dxz,
-            p_conv_weight_b,
-            p_conv_bias_b,
-            p_x_weight_b,
-            p_partial + n_partial * channels,
-            i_segment,
-            o_channel,
-            m_channel,
+            p_dprojected,
+            p_du,
+            p_dconv,
+            p_taps,
+            p_x_weight,
+            p_partial,
             length,
             channels,
-            rows,
-            n_all,
-            n_tiles,
+            rank,
             stride_x_token,
+            n_blocks,
+            N,
             W,
-            True,
+            RANK,
             False,
-            T,
+            BLOCK_T,
+            BLOCK_C,
             BLOCK_P,
-            BLOCK_W,
             PRECISION,
         )
-        tl.debug_barrier()  # dx stored above is read below, perhaps by other threads
-    _unproject_direction(
-        p_x,
-        p_dprojected + i_batch * n_all * T * rows,
-        p_du + i_batch * n_all * T * channels,
-        p_dx,
-        p_dxz,
-        p_conv_weight,
-        p_conv_bias,
-        p_x_weight,
-        p_partial,
-        i_segment,
-        o_channel,
-        m_channel,
-        length,
-        channels,
-        rows,
-        n_all,
-        n_tiles,
-        stride_x_token,
-        W,
-        False,
-        K == 2,
-        T,
-        BLOCK_P,
-        BLOCK_W,
-        PRECISION,
-    )
+    else:
+        _unproject(
+            p_x,
+            p_dprojected,
+            p_du,
+            p_dconv,
+            p_taps + (W + 1) * channels,
+            p_x_weight_b,
+            p_partial,
+            length,
+            channels,
+            rank,
+            stride_x_token,
+            n_blocks,
+            N,
+            W,
+            RANK,
+            True,
+            BLOCK_T,
+            BLOCK_C,
+            BLOCK_P,
+            PRECISION,
+        )
 
 
-@triton.jit(do_not_specialize=["n_programs"])
-def bidirectional_selective_scan_bwd_kernel_finish(
+@triton.jit(do_not_specialize=["length", "n_blocks"])
+def bidirectional_selective_scan_bwd_kernel_convolve(
+    p_x,
+    p_dconv,
+    p_dxz,
+    p_taps,
     p_partial,
+    length,
+    channels: tl.constexpr,
+    n_blocks,
+    stride_x_batch,
+    stride_x_token,
+    W: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The inputs' half of dxz (B, L, 2E), and every program's sums (B S, K, W, E) of conv_weight."""
+    i_batch = tl.program_id(2).to(tl.int64)
+    o_channel, m_channel = block_channels(tl.program_id(0), channels, BLOCK_C)
+    p_x += i_batch * stride_x_batch
+    p_dxz += i_batch * length * 2 * channels
+    p_partial += (i_batch * tl.num_programs(1) + tl.program_id(1)) * K * W * channels
+    dtaps = tl.zeros((K * BLOCK_W, BLOCK_C), tl.float32)
+    i_sum = tl.arange(0, K * BLOCK_W)
+    for i in range(n_blocks):
+        o_token = (tl.program_id(1) * n_blocks + i) * BLOCK_T + tl.arange(0, BLOCK_T)
+        m_token = o_token < length
+        x = load_rows(p_x, o_token, m_token, o_channel, m_channel, stride_x_token)
+        dx = tl.zeros(x.shape, tl.float32)
+        for i_direction in tl.static_range(K):
+            p_sequence = p_dconv + (i_direction * tl.num_programs(2) + i_batch) * length * channels
+            for k in tl.static_range(W):
+                # The result that token t enters with tap k is W - 1 - k later in scan order.
+                o_result = o_token - (W - 1 - k) if i_direction else o_token + (W - 1 - k)
+                m_result = m_token & (o_result >= 0) & (o_result < length)
+                dconv = load_rows(p_sequence, o_result, m_result, o_channel, m_channel, channels)
+                p_tap = p_taps + (i_direction * (W + 1) + k) * channels
+                dx += dconv * load_vector(p_tap, o_channel, m_channel)[None, :]
+                dtap = tl.sum(dconv * x, axis=0)[None, :]
+                dtaps += tl.where((i_sum == i_direction * BLOCK_W + k)[:, None], dtap, 0.0)
+        p_tile = p_dxz + o_token[:, None] * (2 * channels) + o_channel[None, :]
+        tl.store(p_tile, dx.to(p_dxz.dtype.element_ty), mask=m_token[:, None] & m_channel[None, :])
+    i_row = i_sum // BLOCK_W * W + i_sum % BLOCK_W
+    m_sum = (i_sum % BLOCK_W < W)[:, None] & m_channel[None, :]
+    tl.store(p_partial + i_row[:, None] * channels + o_channel[None, :], dtaps, mask=m_sum)
+
+
+@triton.jit(do_not_specialize=["n_scan", "n_project", "n_convolve"])
+def bidirectional_selective_scan_bwd_kernel_finish(
+    p_scan,
+    p_project,
+    p_convolve,
     p_gradient,
-    n_programs,
+    n_scan,
+    n_project,
+    n_convolve,
     channels,
     rank,
     rows,
-    n_partial,
     N: tl.constexpr,
     W: tl.constexpr,
+    K: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """Sum of the partial sums (P, K, n_partial, E), each row at its place in the parameters' flat gradients."""
+    """Sums of the programs' sums, each at its place in the parameters' flat gradients.
+
+    Rows (P, K, rows, E): of the scan A_log (N), dt_proj_weight (R), dt_proj_bias and D; of the projection conv_bias and
+    x_proj_weight (R + 2N); of the convolution conv_weight (W). Gradients, as in ScanParameters: conv_weight (E, W),
+    conv_bias (E), x_proj_weight (R + 2N, E), dt_proj_weight (E, R), dt_proj_bias (E), A_log (E, N), D (E).
+    """
     i_row = tl.program_id(1)
     i_direction = tl.program_id(2)
     o_channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_channel = o_channel < channels
-    p_partial += (i_direction * n_partial + i_row) * channels + o_channel
-    stride = tl.num_programs(2).to(tl.int64) * n_partial * channels
-    total = tl.zeros((BLOCK_C,), tl.float32)
-    for i in range(n_programs):
-        total += tl.load(p_partial + i * stride, mask=m_channel, other=0.0)
-    # Rows of partial sums: A_log (N), dt_proj_weight (R), dt_proj_bias, D, conv_weight (W), conv_bias,
-    # x_proj_weight (R + 2N). Gradients, as in ScanParameters: conv_weight (E, W), conv_bias (E), x_proj_weight
-    # (R + 2N, E), dt_proj_weight (E, R), dt_proj_bias (E), A_log (E, N), D (E).
-    i_taps = N + rank + 2
+    n_own = N + rank + 2
     o_dt_weight = (W + 1 + rows) * channels
     o_A = o_dt_weight + (rank + 1) * channels
-    if i_row < N:
-        o_gradient = o_A + o_channel * N + i_row
-    elif i_row < N + rank:
-        o_gradient = o_dt_weight + o_channel * rank + i_row - N
-    elif i_row == N + rank:
-        o_gradient = o_dt_weight + rank * channels + o_channel
-    elif i_row == N + rank + 1:
-        o_gradient = o_A + N * channels + o_channel
-    elif i_row < i_taps + W:
-        o_gradient = o_channel * W + i_row - i_taps
+    if i_row < n_own:
+        p_partial = p_scan + (i_direction * n_own + i_row) * channels
+        stride = K * n_own * channels
+        n_programs = n_scan
+        if i_row < N:
+            o_gradient = o_A + o_channel * N + i_row
+        elif i_row < N + rank:
+            o_gradient = o_dt_weight + o_channel * rank + i_row - N
+        elif i_row == N + rank:
+            o_gradient = o_dt_weight + rank * channels + o_channel
+        else:
+            o_gradient = o_A + N * channels + o_channel
+    elif i_row < n_own + rows + 1:
+        p_partial = p_project + (i_direction * (rows + 1) + i_row - n_own) * channels
+        stride = K * (rows + 1) * channels
+        n_programs = n_project
+        o_gradient = (W + i_row - n_own) * channels + o_channel
     else:
-        o_gradient = (i_row - i_taps) * channels + o_channel
-    tl.store(p_gradient + i_direction * n_partial * channels + o_gradient, total, mask=m_channel)
+        i_tap = i_row - n_own - rows - 1
+        p_partial = p_convolve + (i_direction * W + i_tap) * channels
+        stride = K * W * channels
+        n_programs = n_convolve
+        o_gradient = o_channel * W + i_tap
+    total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
+    for i in range(tl.cdiv(n_programs, BLOCK_S)):
+        o_program = i * BLOCK_S + tl.arange(0, BLOCK_S)
+        pointers = p_partial + o_program[:, None].to(tl.int64) * stride + o_channel[None, :]
+        total += tl.load(pointers, mask=(o_program < n_programs)[:, None] & m_channel[None, :], other=0.0)
+    p_gradient += i_direction * (n_own + rows + 1 + W) * channels
+    tl.store(p_gradient + o_gradient, tl.sum(total, axis=0), mask=m_channel)
 
 
-def project_backward(launch, dprojected: Tensor, du: Tensor, dxz: Tensor, partial: Tensor) -> None:
-    """Fill the inputs' half of ``dxz`` and the remaining rows of ``partial``."""
-    members = [[p[i] for i in (0, 1, 2)] for p in launch.parameters]
-    bidirectional_selective_scan_bwd_kernel_project[launch.grid](
+def project_backward(launch, dprojected: Tensor, du: Tensor, dxz: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill the inputs' half of ``dxz``; partial sums (P, K, rows, E) of both kernels."""
+    directions, batch, length, channels = launch.directions, launch.batch, launch.length, launch.channels
+    is_narrow = launch.xz.element_size() == 2
+    block_tokens, block_channels = 32, 64 if is_narrow else 32
+    segments = triton.cdiv(length, _PROJECT_TOKENS)
+    dconv = launch.empty(directions, batch, length, channels, dtype=launch.xz.dtype)
+    projected = launch.empty(batch * segments, directions, launch.rows + 1, channels)
+    constants = dict(W=launch.width, K=directions)
+    grid = (triton.cdiv(channels, block_channels), segments, batch * directions)
+    bidirectional_selective_scan_bwd_kernel_project[grid](
         launch.xz,
         dprojected,
         du,
-        launch.empty(launch.batch, launch.padded if launch.directions == 2 else 0, launch.channels),
-        dxz,
-        partial,
-        *members[0],
-        *members[-1],
-        launch.length,
-        launch.channels,
-        launch.rows,
-        launch.tiles,
-        launch.tiles_per_segment,
-        launch.segments,
-        launch.partial_rows,
-        launch.state + launch.rank + 2,
+        dconv,
+        taps,
+        projected,
+        launch.parameters[0][2],
+        launch.parameters[-1][2],
+        length,
+        channels,
+        launch.rank,
+        launch.padded,
+        triton.cdiv(min(length, _PROJECT_TOKENS), block_tokens),
         *launch.xz.stride()[:2],
-        0,
-        W=launch.width,
-        K=launch.directions,
-        T=launch.constants["T"],
-        BLOCK_C=launch.constants["BLOCK_C"],
-        BLOCK_P=launch.block_rows,
-        BLOCK_W=triton.next_power_of_2(launch.width),
+        N=launch.state,
+        RANK=launch.row - 2 * launch.state,
+        BLOCK_T=block_tokens,
+        BLOCK_C=block_channels,
+        BLOCK_P=max(16, triton.next_power_of_2(launch.row)),
         PRECISION=launch.precision,
-        # A warp holds 64 rows of the projection's weight and of its gradient in registers.
-        num_warps=max(1, launch.block_rows // 64),
+        num_warps=4,
         num_stages=1,
+        **constants,
     )
+    segments = triton.cdiv(length, _CONVOLVE_TOKENS)
+    block_channels = min(128, max(32, triton.next_power_of_2(channels)))
+    convolved = launch.empty(batch * segments, directions, launch.width, channels)
+    grid = (triton.cdiv(channels, block_channels), segments, batch)
+    bidirectional_selective_scan_bwd_kernel_convolve[grid](
+        launch.xz,
+        dconv,
+        dxz,
+        taps,
+        convolved,
+        length,
+        channels,
+        _CONVOLVE_TOKENS // 8,
+        *launch.xz.stride()[:2],
+        BLOCK_W=triton.next_power_of_2(launch.width),
+        BLOCK_T=8,
+        BLOCK_C=block_channels,
+        num_warps=1,
+        num_stages=1,
+        **constants,
+    )
+    return projected, convolved
 
 
-def finish(launch, partial: Tensor) -> Tensor:
+def finish(launch, scanned: Tensor, projected: Tensor, convolved: Tensor) -> Tensor:
     """Gradients of all parameters, one after the other in their own layouts."""
-    gradient = launch.empty(launch.directions * launch.partial_rows * launch.channels)
+    rows = scanned.shape[2] + projected.shape[2] + convolved.shape[2]
+    gradient = launch.empty(launch.directions * rows * launch.channels)
     block_channels = 128
-    grid = (triton.cdiv(launch.channels, block_channels), launch.partial_rows, launch.directions)
+    grid = (triton.cdiv(launch.channels, block_channels), rows, launch.directions)
     bidirectional_selective_scan_bwd_kernel_finish[grid](
-        partial,
+        scanned,
+        projected,
+        convolved,
         gradient,
-        partial.shape[0],
+        scanned.shape[0],
+        projected.shape[0],
+        convolved.shape[0],
         launch.channels,
         launch.rank,
         launch.rows,
-        launch.partial_rows,
         N=launch.state,
         W=launch.width,
+        K=launch.directions,
         BLOCK_C=block_channels,
+        BLOCK_S=64,
         num_warps=4,
     )
     return gradient

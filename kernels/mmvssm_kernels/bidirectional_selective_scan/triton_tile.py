@@ -1,13 +1,12 @@
-"""Tiles of the kernels: T tokens of C channels, one channel per lane with all its tokens in that lane's registers.
+"""Building blocks of the scan kernels of Vim's inner block.
 
-Then a recurrence over the tokens is a chain of multiply-adds without shuffles, and reversing the rows of a tile or
-moving them by one costs no instruction at all: the compiler only renames registers. The functions here are right for
-any layout. The compiler chooses this one for loads of adjacent channels of which it cannot tell that they are aligned:
-kernels add a run-time zero to the channel index. It would keep the layout of a matrix product for all that follows it,
-so products pass :func:`detach_layout`. A run-time loop walks the states one after the other: any number of them fits.
+A program is one warp that owns a block of channels of one sequence. It walks tiles of T tokens: what needs no
+recurrence (convolution, step sizes) is made for a whole tile (T, C) and left in a scratch of the program, which stays
+in the cache. Then the tokens are walked one by one, with all states of the channels in registers. Tiles of states have
+two axes for states and two for channels, see :func:`state_axes`, so that no layout ever has to be converted.
 
-Row i of a tile is the i-th token in scan order. ``projected`` holds its tokens in scan order, too (the backward
-direction's reversed, after padding to whole tiles), so that the weights of a tile's tokens are adjacent and aligned.
+``projected`` holds a row [step-size rank | B | C] for every token in scan order, the backward direction's reversed
+after padding to whole tiles; rows of the padding are zero.
 """
 
 import triton
@@ -30,156 +29,10 @@ def silu(x):
 
 
 @triton.jit
-def _chain(decay_1, state_1, decay_2, state_2):
-    # The product with the state must be the one that is fused: it is the chain that every token waits for.
-    return decay_1 * decay_2, tl.fma(decay_2, state_1, state_2)
-
-
-@triton.jit
-def scan_rows(decay, value):
-    """``state[t] = decay[t] state[t - 1] + value[t]`` down the rows of (T, C), from zero."""
-    _, state = tl.associative_scan((decay, value), 0, _chain)
-    return state
-
-
-@triton.jit
-def _second(row_1, row_2):
-    return row_2
-
-
-@triton.jit
-def detach_layout(tile):
-    """The same tile (T, C); the layout of what produced it ends here, because scans have their own."""
-    return tl.associative_scan(tile, 0, _second)
-
-
-@triton.jit
-def _exchange_rows(bits, BIT: tl.constexpr):
-    """Every row of (T, C) changes places with the one whose index differs in ``BIT``."""
-    rows: tl.constexpr = bits.shape[0]
-    columns: tl.constexpr = bits.shape[1]
-    pairs = tl.reshape(bits, (rows >> (BIT + 1), 2, 1 << BIT, columns))
-    # (x + y) - x is y for integers, which the compiler knows when both are in registers.
-    return tl.reshape(tl.sum(pairs, 1, keep_dims=True) - pairs, (rows, columns))
-
-
-@triton.jit
-def reverse_rows(tile):
-    """Rows (T, C) in opposite order, T a power of two up to 32."""
-    rows: tl.constexpr = tile.shape[0]
-    bits = tile.to(tl.int32, bitcast=True)
-    for k in tl.static_range(5):
-        if (1 << k) < rows:
-            bits = _exchange_rows(bits, k)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def previous_rows(tile, first, i_row):
-    """Rows (T, C) moved down by one; at the top comes in ``first``, (1, C) or the first row of (T, C)."""
-    rows: tl.constexpr = tile.shape[0]
-    bits = tile.to(tl.int32, bitcast=True)
-    # Going from i to i - 1 flips the lowest bit that is set and all below it.
-    bits = _exchange_rows(bits, 0)
-    moved = bits
-    for k in tl.static_range(1, 5):
-        if (1 << k) < rows:
-            bits = _exchange_rows(bits, k)
-            moved = tl.where((i_row % (1 << k) == 0)[:, None], bits, moved)
-    return tl.where(i_row[:, None] == 0, first, moved.to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def _token(i_scan, n_all, is_reverse, T: tl.constexpr):
-    return tl.where(is_reverse, n_all * T - 1 - i_scan, i_scan)
-
-
-@triton.jit
-def tile_tokens(i_tile, n_all, is_reverse, T: tl.constexpr):
+def tile_tokens(i_tile, n_all, T: tl.constexpr, REVERSE: tl.constexpr):
     """Positions in scan order (T) and tokens (T) of tile ``i_tile`` of ``n_all``, both counted in scan order."""
     o_scan = i_tile * T + tl.arange(0, T)
-    return o_scan, _token(o_scan, n_all, is_reverse, T)
-
-
-@triton.jit
-def load_step_sizes(p_projected, weight, bias, o_scan, o_rank, m_rank, stride_row, PRECISION: tl.constexpr):
-    """Low-rank values (T, R) and step sizes (T, C) of a tile.
-
-    Tokens of the padding have step sizes too, but input and output weights of zero: before the first token in scan
-    order they leave the state zero, after the last one nobody reads it, and no gradient flows through either.
-    """
-    low_rank = tl.load(p_projected + o_rank[None, :] * stride_row + o_scan[:, None], mask=m_rank[None, :], other=0.0)
-    raw = detach_layout(tl.dot(low_rank, weight, input_precision=PRECISION)) + bias[None, :]
-    return low_rank, softplus(raw)
-
-
-@triton.jit
-def load_rows(p_rows, o_row, o_channel, m_channel, stride_row):
-    """Tile (T, C) in float32. Rows are not masked, which would cost more than all else: they have to exist."""
-    return tl.load(p_rows + o_row[:, None] * stride_row + o_channel[None, :], mask=m_channel[None, :], other=0.0).to(
-        tl.float32
-    )
-
-
-@triton.jit
-def load_inputs(p_x, i_tile, n_all, length, o_channel, m_channel, stride_token, is_reverse, T: tl.constexpr):
-    """Inputs x (T, C) of a tile, zero for padding."""
-    _, o_token = tile_tokens(i_tile, n_all, is_reverse, T)
-    x = load_rows(p_x, tl.minimum(o_token, length - 1), o_channel, m_channel, stride_token)
-    return tl.where((o_token < length)[:, None], x, 0.0)
-
-
-@triton.jit
-def earlier_inputs(
-    x, k, p_x, i_tile, n_all, length, o_channel, m_channel, stride_token, i_row, is_reverse, T: tl.constexpr
-):
-    """Inputs of ``k + 1`` tokens before, from those of ``k`` tokens before, ``x``."""
-    i_before = i_tile * T - 1 - k
-    i_token = _token(i_before, n_all, is_reverse, T)
-    m_before = m_channel & (i_before >= 0) & (i_token < length)
-    before = tl.load(p_x + i_token * stride_token + o_channel, mask=m_before, other=0.0).to(tl.float32)
-    return previous_rows(x, before[None, :], i_row)
-
-
-@triton.jit
-def load_tap(p_weight, k, o_channel, m_channel, W: tl.constexpr):
-    """Weight (1, C) of the token ``k`` before the current one."""
-    return load_vector(p_weight + (W - 1 - k), o_channel * W, m_channel)[None, :]
-
-
-@triton.jit
-def convolve_tile(
-    x,
-    p_x,
-    p_weight,
-    p_bias,
-    i_tile,
-    n_all,
-    length,
-    o_channel,
-    m_channel,
-    stride_token,
-    i_row,
-    is_reverse,
-    W: tl.constexpr,
-    T: tl.constexpr,
-):
-    """Convolution (T, C) of a tile of inputs before its SiLU: in scan order it is causal for both directions."""
-    total = x * load_tap(p_weight, 0, o_channel, m_channel, W) + load_vector(p_bias, o_channel, m_channel)[None, :]
-    for k in tl.static_range(1, W):
-        x = earlier_inputs(
-            x, k - 1, p_x, i_tile, n_all, length, o_channel, m_channel, stride_token, i_row, is_reverse, T
-        )
-        total += x * load_tap(p_weight, k, o_channel, m_channel, W)
-    return total
-
-
-@triton.jit
-def load_weight(p_weight, o_channel, m_channel, o_rank, m_rank, rank):
-    """Weight of the step sizes (R, C) in float32."""
-    return tl.load(
-        p_weight + o_channel[None, :] * rank + o_rank[:, None], mask=m_rank[:, None] & m_channel[None, :], other=0.0
-    ).to(tl.float32)
+    return o_scan, (n_all * T - 1 - o_scan if REVERSE else o_scan)
 
 
 @triton.jit
@@ -189,7 +42,190 @@ def load_vector(p_vector, o_channel, m_channel):
 
 
 @triton.jit
-def load_weights(p_projected, i_state, o_scan, rank, stride_row, N: tl.constexpr):
-    """Input and output weights (T), (T) of one state, zero for padding."""
-    p_B = p_projected + (rank + i_state) * stride_row + o_scan
-    return tl.load(p_B), tl.load(p_B + N * stride_row)
+def load_rows(p_rows, o_row, m_row, o_channel, m_channel, stride_row):
+    """Tile (T, C) in float32, zero where masked."""
+    return tl.load(
+        p_rows + o_row[:, None] * stride_row + o_channel[None, :], mask=m_row[:, None] & m_channel[None, :], other=0.0
+    ).to(tl.float32)
+
+
+@triton.jit
+def block_channels(i_block, channels: tl.constexpr, C: tl.constexpr):
+    """Channels (C) of a block and their mask, for tiles of tokens.
+
+    A lane takes four adjacent ones of 16-bit and of float32 tensors alike, so that no tile has to change its layout.
+    """
+    o_channel = i_block * C + tl.max_contiguous(tl.arange(0, C), 4)
+    return o_channel, (o_channel < channels) | (channels % C == 0)
+
+
+@triton.jit
+def load_step_weight(p_weight, o_channel, m_channel, rank, BLOCK_R: tl.constexpr, dtype: tl.constexpr):
+    """Weight of the step sizes (R, C), an operand of a product."""
+    o_rank = tl.arange(0, BLOCK_R)
+    pointers = p_weight + o_channel[None, :] * rank + o_rank[:, None]
+    return tl.load(pointers, mask=(o_rank < rank)[:, None] & m_channel[None, :], other=0.0).to(dtype)
+
+
+@triton.jit
+def split_dot(left, right, total, PRECISION: tl.constexpr):
+    """``total + left right`` for float32 ``left``, as exact as ``right``, which has 16 bits or is float32.
+
+    16-bit operands are the fast ones, so ``left`` becomes the sum of two of them.
+    """
+    if right.dtype == tl.float32:
+        return tl.dot(left, right, total, input_precision=PRECISION)
+    else:
+        head = left.to(right.dtype)
+        tail = (left - head.to(tl.float32)).to(right.dtype)
+        return tl.dot(tail, right, tl.dot(head, right, total))
+
+
+@triton.jit
+def split_both_dot(left, right, total, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """``total + left right`` for two float32 operands, from products of ``dtype`` if that has 16 bits."""
+    if dtype == tl.float32:
+        return tl.dot(left, right, total, input_precision=PRECISION)
+    else:
+        head = right.to(dtype)
+        tail = (right - head.to(tl.float32)).to(dtype)
+        return tl.dot(left.to(dtype), tail, split_dot(left, head, total, PRECISION))
+
+
+@triton.jit
+def step_sizes(p_projected, weight, bias, o_scan, rank, ROW: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION):
+    """Low-rank values (T, R) and step sizes (T, C) of a tile.
+
+    Tokens of the padding have step sizes too, but input and output weights of zero: before the first token in scan
+    order they leave the state zero, after the last one nobody reads it, and no gradient flows through either.
+    """
+    o_rank = tl.arange(0, BLOCK_R)
+    low_rank = tl.load(p_projected + o_scan[:, None] * ROW + o_rank[None, :], mask=(o_rank < rank)[None, :], other=0.0)
+    raw = split_dot(low_rank, weight, tl.zeros((o_scan.shape[0], bias.shape[0]), tl.float32), PRECISION)
+    return low_rank, softplus(raw + bias[None, :])
+
+
+@triton.jit
+def convolve(p_x, p_taps, o_token, length, o_channel, m_channel, channels, stride_token, REVERSE, W: tl.constexpr):
+    """Convolution (T, C) in float32 before its SiLU; ``p_taps`` holds its weights (W, E) and bias (E)."""
+    weighted = tl.zeros((o_token.shape[0], o_channel.shape[0]), tl.float32)
+    weighted += load_vector(p_taps + W * channels, o_channel, m_channel)[None, :]
+    for k in tl.static_range(W):
+        o_tap = o_token + (W - 1 - k) if REVERSE else o_token - (W - 1 - k)
+        x = load_rows(p_x, o_tap, (o_tap >= 0) & (o_tap < length), o_channel, m_channel, stride_token)
+        weighted += x * load_vector(p_taps + k * channels, o_channel, m_channel)[None, :]
+    return weighted
+
+
+@triton.jit
+def state_axes(NR: tl.constexpr, CR: tl.constexpr, NL: tl.constexpr, CL: tl.constexpr):
+    """States (NR, NL) and channels (CR, CL) of a block, from zero: a lane's own NR states and CR channels are adjacent.
+
+    Tiles of states are (NR, CR, NL, CL), where NL CL = 32 lanes.
+    """
+    o_state = tl.arange(0, NL)[None, :] * NR + tl.arange(0, NR)[:, None]
+    o_local = tl.arange(0, CL)[None, :] * CR + tl.arange(0, CR)[:, None]
+    return o_state, o_local
+
+
+@triton.jit
+def of_states(values):
+    """Per-state values (NR, NL) for a tile of states."""
+    return values[:, None, :, None]
+
+
+@triton.jit
+def of_channels(values):
+    """Per-channel values (CR, CL) for a tile of states."""
+    return values[None, :, None, :]
+
+
+@triton.jit
+def over_states(tile):
+    """Sum over states, (CR, CL)."""
+    return tl.sum(tl.sum(tile, axis=0), axis=1)
+
+
+@triton.jit
+def over_channels(tile):
+    """Sum over channels, (NR, NL)."""
+    return tl.sum(tl.sum(tile, axis=1), axis=2)
+
+
+@triton.jit
+def state_pointers(p_states, o_state, o_channel, N: tl.constexpr):
+    """Pointers to a tile of (E, N).
+
+    The hint gives a lane adjacent states and puts lanes along the last two axes. It is about the order of the axes; a
+    lane's accesses are as wide as the alignment allows, whatever it says.
+    """
+    return tl.max_contiguous(p_states + of_channels(o_channel) * N + of_states(o_state), [16, 1, 4, 8])
+
+
+@triton.jit
+def state_rates(p_A_log, o_state, o_channel, m_states, N: tl.constexpr):
+    """``A log2(e)`` of a tile of states."""
+    A_log = tl.load(state_pointers(p_A_log, o_state, o_channel, N), mask=m_states, other=0.0).to(tl.float32)
+    return -tl.exp2(A_log * LOG2_E) * LOG2_E
+
+
+@triton.jit
+def load_weights(p_row, o_state, N: tl.constexpr):
+    """Input or output weights (NR, NL) of a token."""
+    if o_state.shape[0] * o_state.shape[1] == N:
+        return tl.load(p_row + o_state)
+    else:
+        return tl.load(p_row + o_state, mask=o_state < N, other=0.0)
+
+
+@triton.jit
+def store_of_channels(p_row, values, CR: tl.constexpr, CL: tl.constexpr):
+    """Store per-channel values (CR, CL), from all lanes that hold them.
+
+    The tile of pointers has one for every lane, so that the compiler keeps the values where they are; a predicate for
+    one lane only would cost a branch.
+    """
+    o_local = (tl.arange(0, CL)[None, :] * CR + tl.arange(0, CR)[:, None])[:, None, :]
+    pointers = tl.max_contiguous(tl.broadcast_to(p_row + o_local, (CR, 32 // CL, CL)), [16, 4, 8])
+    tl.store(pointers, tl.broadcast_to(values[:, None, :], pointers.shape))
+
+
+@triton.jit
+def store_of_states(p_row, values, N: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr):
+    """Store per-state values (NR, NL) in the same way."""
+    o_state = tl.arange(0, NL)[None, :] * NR + tl.arange(0, NR)[:, None]
+    if NR * NL == 1:
+        tl.store(p_row + o_state, values)
+    else:
+        pointers = tl.max_contiguous(tl.broadcast_to(p_row + o_state[:, :, None], (NR, NL, 32 // NL)), [16, 4, 8])
+        values = tl.broadcast_to(values[:, :, None], pointers.shape)
+        if NR * NL == N:
+            tl.store(pointers, values)
+        else:
+            tl.store(pointers, values, mask=tl.broadcast_to(o_state[:, :, None] < N, pointers.shape))
+
+
+@triton.jit
+def carry_in(
+    p_summary,
+    p_step,
+    rate,
+    i_segment,
+    n_segments,
+    o_state,
+    o_channel,
+    m_states,
+    m_channel,
+    channels,
+    N: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """State that reaches a segment from those before it in scan order."""
+    n_before = n_segments - 1 - i_segment if REVERSE else i_segment
+    state = tl.zeros(rate.shape, tl.float32)
+    for j in range(n_before):
+        i_other = n_segments - 1 - j if REVERSE else j
+        steps = tl.load(p_step + i_other * channels + o_channel, mask=m_channel, other=0.0)
+        p_local = state_pointers(p_summary + i_other * N * channels, o_state, o_channel, N)
+        state = tl.load(p_local, mask=m_states, other=0.0) + tl.exp2(of_channels(steps) * rate) * state
+    return state
