@@ -68,16 +68,6 @@ if interpreting():
         for got, want in zip(*results, strict=True):
             assert relative_error(got, want) < 1e-5
 
-    @pytest.mark.parametrize("segments", ["one", "several"])
-    @pytest.mark.parametrize("options", [{"norm": True}, {"decay": -1.0}, {"decay": -8.0}], ids=str)
-    def test_attention_by_chunks(options, segments, monkeypatch):
-        from mmvssm_kernels.bidirectional_gla import triton_chunk_bwd
-
-        case = BidirectionalGla(1, 70, 1, 20, 40, **options)
-        monkeypatch.setattr(triton_chunk_bwd, "_TARGET_PROGRAMS", 1 if segments == "one" else 1000)
-        with poisoned_memory():
-            check_operator(OPERATORS[type(case)], case, torch.float16, "cpu", "triton")
-
 else:
 
     def test_in_the_interpreter():

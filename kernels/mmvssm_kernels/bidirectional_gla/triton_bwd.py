@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_chunk_bwd import chunked_backward, is_faster
 from .triton_launch import Launch, columns_adjacent
 from .triton_tile import (
     MILD,
@@ -321,22 +320,15 @@ def bidirectional_gla_backward(
     launch = Launch(q, k, v, gf, gb, gate_normalizer)
     dout = columns_adjacent(dout)
     norm = (None, None, None) if norm_weight is None else (normed, rstd, norm_weight.contiguous())
-    grads = [t.new_empty(t.shape) for t in (q, k, v, gf, gb)]
-    backward = chunked_backward if is_faster(launch) else _walking_backward
-    dweight = backward(launch, dout, norm, scale, grads)
-    return *grads, q.new_empty(0) if dweight is None else dweight.sum(0).to(norm_weight.dtype)
-
-
-def _walking_backward(launch: Launch, dout: Tensor, norm: tuple, scale: float, grads: list[Tensor]) -> Tensor | None:
-    """As :func:`chunked_backward`."""
     entering = launch.entering_states(dout, *norm) if launch.segments > 1 else None
+    grads = [t.new_empty(t.shape) for t in (q, k, v, gf, gb)]
     partials = [g.new_empty(g.shape, dtype=torch.float32) for g in grads[:3]]
     dweight = None
-    if norm[2] is not None:
-        dweight = dout.new_empty(launch.rows * launch.segments, dout.shape[3], dtype=torch.float32)
+    if norm_weight is not None:
+        dweight = q.new_empty(launch.rows * launch.segments, v.shape[3], dtype=torch.float32)
     bidirectional_gla_bwd_kernel[launch.grid](
         *launch.tensors, dout, *norm, entering, launch.new_borders(), *partials, *grads, dweight,
         *launch.sizes, launch.gate_factor, scale, *launch.strides, *dout.stride()[:3],
         **launch.constants,
     )  # fmt: skip
-    return dweight
+    return *grads, q.new_empty(0) if dweight is None else dweight.sum(0).to(norm_weight.dtype)

@@ -64,7 +64,7 @@ class Launch:
 
     def entering_states(self, dout=None, normed=None, rstd=None, weight=None) -> Tensor:
         """States that enter the segments (states, rows, segments, K V): two, or with ``dout`` their gradients too."""
-        from .triton_states import bidirectional_gla_summary_kernel
+        from .triton_states import bidirectional_gla_scan_kernel, bidirectional_gla_summary_kernel
 
         states, size = 2 if dout is None else 4, self.block_keys * self.block_values
         increments = self._new(states, self.rows, self.segments, size)
@@ -74,18 +74,10 @@ class Launch:
             *self.tensors, dout, normed, rstd, weight, increments, totals,
             *self.sizes, self.gate_factor, *self.strides, *strides, **self.constants,
         )  # fmt: skip
-        return self.scan_segments(increments, totals, self.block_values)
-
-    def scan_segments(self, increments: Tensor, totals: Tensor, stride_keys: int) -> Tensor:
-        """States that enter the segments from what each adds (states, rows, segments, K V) and total log-decays."""
-        from .triton_states import bidirectional_gla_scan_kernel
-
-        states, rows, segments, size = increments.shape
         entering = torch.empty_like(increments)
-        bidirectional_gla_scan_kernel[(rows, triton.cdiv(size, _SCAN_BLOCK), states)](
-            increments, totals, entering, segments,
-            GROUP=_GROUP, BLOCK_K=self.block_keys, SIZE=size, STRIDE_K=stride_keys, BLOCK=min(_SCAN_BLOCK, size),
-            num_warps=1,
+        bidirectional_gla_scan_kernel[(self.rows, triton.cdiv(size, _SCAN_BLOCK), states)](
+            increments, totals, entering, self.segments,
+            GROUP=_GROUP, BLOCK_K=self.block_keys, BLOCK_V=self.block_values, BLOCK=min(_SCAN_BLOCK, size), num_warps=1,
         )  # fmt: skip
         return entering
 

@@ -134,12 +134,10 @@ def _chain(decay_1, state_1, decay_2, state_2):
 @triton.jit(do_not_specialize=["n_segments"])
 def bidirectional_gla_scan_kernel(
     p_increment, p_total, p_entering, n_segments,
-    GROUP: tl.constexpr, BLOCK_K: tl.constexpr, SIZE: tl.constexpr, STRIDE_K: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """States (states, rows, segments, SIZE) that enter the segments; a program scans BLOCK elements of one state.
-
-    Elements of neighbouring keys are STRIDE_K apart.
-    """
+    """States (states, rows, segments, K V) that enter the segments; a program scans BLOCK elements of one state."""
+    SIZE: tl.constexpr = BLOCK_K * BLOCK_V
     i_state = tl.program_id(2)
     i_sequence = (i_state * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
     o_element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -156,7 +154,7 @@ def bidirectional_gla_scan_kernel(
         order = i + o_group
         m_segment = order < n_segments - 1
         segment = (start + step * order).to(tl.int64)
-        o_total = segment[:, None] * BLOCK_K + o_element[None, :] // STRIDE_K % BLOCK_K
+        o_total = segment[:, None] * BLOCK_K + o_element[None, :] // BLOCK_V
         o_state = segment[:, None] * SIZE + o_element[None, :]
         decay = tl.exp2(tl.load(p_total + o_total, mask=m_segment[:, None], other=0.0))
         state = tl.load(p_increment + o_state, mask=m_segment[:, None], other=0.0)
