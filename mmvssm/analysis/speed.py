@@ -1,6 +1,7 @@
 """Time, images per second and memory of a model's step: eager, compiled, or replayed from a CUDA graph."""
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -145,7 +146,7 @@ def _step(
 
 def _captured(step: Callable[[], None], warmup: int, limit: float) -> tuple[Callable[[], None], float]:
     """The replay of a step, and the peak of its memory in MiB, which a graph allocates when it is captured."""
-    stream = torch.cuda.Stream()
+    stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         _times(step, warmup, limit, cuda=True)
@@ -155,6 +156,12 @@ def _captured(step: Callable[[], None], warmup: int, limit: float) -> tuple[Call
     with torch.cuda.graph(graph):
         step()
     return graph.replay, torch.cuda.max_memory_allocated() / 2**20
+
+
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps 32 MiB for every stream it served, which later measurements would count."""
+    return torch.cuda.Stream(device)
 
 
 def _times(step: Callable[[], None], count: int, limit: float, cuda: bool) -> list[float]:
