@@ -223,8 +223,19 @@ def operator_calls():
     stream = [_random(2, 7, 6), _random(2, 7, 6)]
     heads = [_random(2, 70, 2, n) for n in (3, 3, 5, 3, 3)]
     return {
-        "selective_scan-full": [*scan, _random(6), _random(*u), _random(6), True, False, torch.float32],
-        "selective_scan-reversed": [*scan[:1], torch.rand(*u), *scan[2:], None, None, None, False, True, torch.float32],
+        "selective_scan-full": [*scan, _random(6), _random(*u), _random(6), True, False, False, torch.float32],
+        "selective_scan-reversed": [
+            *scan[:1],
+            torch.rand(*u),
+            *scan[2:],
+            None,
+            None,
+            None,
+            False,
+            True,
+            False,
+            torch.float32,
+        ],
         "selective_scan_2d": [
             *(_random(2, 6, 7, 11), _random(4, 11, 6), _random(4, 6, 3), _random(4, 6), _random(24, 4), _random(24)),
             torch.float32,
