@@ -41,6 +41,11 @@ def run(net, x, dtype=None):
     return [out.detach().float().cpu() for out in outs], {k: p.grad.cpu() for k, p in net.named_parameters()}
 
 
+def is_cancelled(key):
+    """Whether the parameter is the bias of a convolution that a batch norm in training mode follows."""
+    return key.endswith(("conv1.bias", "conv2.bias"))
+
+
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("fit", [False, True])
 @pytest.mark.parametrize("size", [(64, 96), (75, 107), (33, 200)])
@@ -50,8 +55,11 @@ def test_agrees_with_the_cpu(name, size, fit):
     got, got_grads = run(copy.deepcopy(net).cuda(), x.cuda())
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    # The gradients of biases in front of batch norms vanish: all that is left of them is float32's rounding of sums.
+    rounding = 1e-5 * max(gradient.abs().max() for gradient in want_grads.values())
     for key, gradient in want_grads.items():
-        assert (got_grads[key] - gradient).abs().max() < 1e-3 * gradient.abs().max() + 1e-8, key
+        limit = rounding if is_cancelled(key) else 1e-3 * gradient.abs().max() + 1e-8
+        assert (got_grads[key] - gradient).abs().max() < limit, key
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
