@@ -249,8 +249,7 @@ class ViG(BaseBackbone):
             ValueError: If the shape or dtype does not fit.
         """
         self.check_input(x, self.patch_embed.min_size)
-        x = self.patch_embed(x)
-        stream = Stream(x + self._position_embedding(x.shape[1:3]).to(x.dtype))
+        stream = Stream(self._embed(x))
         outs = []
         for i, block in enumerate(self.blocks):
             stream = run_block(block, *stream, with_cp=self.with_cp)
@@ -260,6 +259,11 @@ class ViG(BaseBackbone):
             if i == self.out_indices[-1]:
                 break
         return tuple(outs)
+
+    def _embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Images to patches with their positions, (B, H, W, C)."""
+        x = self.patch_embed(x)
+        return x + self._position_embedding(x.shape[1:3]).to(x.dtype)
 
     def _position_embedding(self, grid: torch.Size) -> torch.Tensor:
         """The embedding (1, H, W, C) for a grid."""

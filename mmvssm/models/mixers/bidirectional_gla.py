@@ -103,6 +103,11 @@ class BidirectionalGLA(BaseModule):
         Returns:
             (B, H, W, C) in the dtype of out_proj's result.
         """
+        # The projections are the largest tensors of a block: in a scope of their own they are gone before the product.
+        return self.out_proj(self._attend(x))
+
+    def _attend(self, x: torch.Tensor) -> torch.Tensor:
+        """What out_proj reads, (B, H, W, C)."""
         B, H, W, C = x.shape
         heads, K, V = C // self.head_dims, self.head_dims // 2, self.head_dims
         x = self.act(conv_channel_last(self.conv, x)).view(B * H * W, C)
@@ -121,5 +126,4 @@ class BidirectionalGLA(BaseModule):
             norm_weight=self.g_norm.weight,
             norm_eps=self.g_norm.eps,
         )
-        y = self.gate(o, x.view(B, H * W, heads, V), g.view(B, H * W, heads, V))
-        return self.out_proj(y.view(B, H, W, C))
+        return self.gate(o, x.view(B, H * W, heads, V), g.view(B, H * W, heads, V)).view(B, H, W, C)
