@@ -1,21 +1,21 @@
 """Bidirectional gated linear attention, Triton backward pass.
 
-As in the forward pass, a program owns a block of one head and meets all other blocks of its chunk, as the one that
-queries and as the one that is queried: a block to its left holds keys of the forward and queries of the backward
-direction. Rows of all products are the block's own tokens.
+As in the forward pass, programs own a block of one head and meet all other blocks of its chunk: one as the block that
+queries, for the gradient of q, another as the one that is queried, for those of k and v. To a block's left are keys of
+the forward and queries of the backward direction. Rows of all products are the block's own tokens.
 
 The gradient of a log-decay is the sum over all pairs of tokens that it stands between: sums of q dq - k dk from a token
 to the end of its chunk, and the pairs across that end. These are made of the operands of the products, so that pairs a
 gate does not stand between cancel, and no sum is longer than a chunk. A token's share in itself has no decay and is
-kept out of them. A second launch makes the sums.
+kept out of them. The launch of ``triton_gates.py`` makes the sums.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_scan import LOG2_E
 from .triton_fwd import largest_unit
+from .triton_gates import COLUMNS, bidirectional_gla_gates_kernel
 from .triton_launch import Launch, columns_adjacent
 from .triton_tile import (
     half_of,
@@ -27,9 +27,6 @@ from .triton_tile import (
     store_weights,
     strong_gradients,
 )
-
-# Columns of the norm's weight that one program adds up: few, because the others are done soon.
-_COLUMNS = 2
 
 
 @triton.jit
@@ -409,84 +406,6 @@ def bidirectional_gla_bwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def logistic(x):
-    """1 / (1 + exp(-x)), without a division."""
-    root = tl.rsqrt(1.0 + tl.exp2(-x * LOG2_E))
-    return root * root
-
-
-@triton.jit(do_not_specialize=["length", "n_blocks", "n_chunks", "rows", "n_parts", "n_sums"])
-def bidirectional_gla_gates_kernel(
-    p_gf, p_gb, p_terms, p_sums, p_dgf, p_dgb, p_dweight, p_weight_gradient,
-    rows, heads, length, n_blocks, n_chunks, n_parts, n_sums, factor,
-    stride_gf_batch, stride_gf, stride_gf_head, stride_gb_batch, stride_gb, stride_gb_head,
-    K: tl.constexpr, V: tl.constexpr, LOGITS: tl.constexpr, T: tl.constexpr, MOST: tl.constexpr,
-    BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the gates, contiguous, by programs that own a direction of a block.
-
-    The first ``n_parts`` programs add up the ``n_sums`` partial gradients of the norm's weight, COLUMNS each.
-    """
-    if tl.program_id(0) < n_parts:
-        if p_dweight is not None:
-            ROWS: tl.constexpr = 2048 // COLUMNS
-            o_value = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-            total = tl.zeros((ROWS, COLUMNS), tl.float32)
-            for i in range(0, n_sums, ROWS):
-                o_sum = i + tl.arange(0, ROWS)
-                m_sum = (o_sum < n_sums)[:, None] & (o_value < V)[None, :]
-                total += tl.load(p_dweight + o_sum[:, None].to(tl.int64) * V + o_value[None, :], mask=m_sum, other=0.0)
-            total = tl.sum(total, axis=0)
-            tl.store(p_weight_gradient + o_value, total.to(p_weight_gradient.dtype.element_ty), mask=o_value < V)
-    else:
-        i_program = tl.program_id(0) - n_parts
-        n_all = tl.cdiv(length, T)
-        backward = i_program % 2
-        i_row = (i_program // 2 // n_all).to(tl.int64)
-        i_block = i_program // 2 % n_all
-        i_first = i_block // n_blocks * n_blocks
-        i_batch = i_row // heads
-        i_head = i_row % heads
-        o_row = tl.arange(0, T)
-        # Two keys to a lane: most tokens of a key are in one lane then, between which sums need no shuffles.
-        o_key = tl.max_contiguous(tl.arange(0, BLOCK_K), 2)
-        m_row = o_row < length - i_block * T
-        m_key = o_key < K
-        first = i_block.to(tl.int64) * T
-        slot = i_row * n_chunks * n_blocks
-        stride = rows.to(tl.int64) * n_chunks * n_blocks
-        o_terms = o_row[:, None] * BLOCK_K + o_key[None, :]
-        o_terms += (backward * stride + slot + i_block) * (T * BLOCK_K)
-        terms = tl.load(p_terms + o_terms) - tl.load(p_terms + 2 * stride * (T * BLOCK_K) + o_terms)
-        # The blocks behind this one in the direction's order.
-        o_block = tl.arange(0, MOST)
-        m_behind = tl.where(backward == 1, o_block < i_block - i_first, o_block > i_block - i_first)
-        m_block = o_block < tl.minimum(n_blocks, n_all - i_first)
-        o_sums = (backward * 3 * stride + slot + i_first) * BLOCK_K + o_block[:, None] * BLOCK_K + o_key[None, :]
-        m_behind = (m_behind & m_block)[:, None]
-        sums = tl.load(p_sums + o_sums, mask=m_behind, other=0.0)
-        sums -= tl.load(p_sums + stride * BLOCK_K + o_sums, mask=m_behind, other=0.0)
-        if STATES:
-            sums += tl.load(p_sums + 2 * stride * BLOCK_K + o_sums, mask=m_block[:, None], other=0.0)
-        behind = tl.sum(sums, axis=0)
-        o_token = (i_batch * length + first) * heads + i_head + o_row.to(tl.int64) * heads
-        o_gate = o_token[:, None] * K + o_key[None, :]
-        m_gate = m_row[:, None] & m_key[None, :]
-        if backward == 0:
-            dgate = (behind[None, :] + tl.cumsum(terms, axis=0, reverse=True)) * factor
-            if LOGITS:
-                p_gf += i_batch * stride_gf_batch + i_head * stride_gf_head + first * stride_gf
-                dgate *= logistic(-load_rows(p_gf, o_row, m_row, stride_gf, o_key, m_key).to(tl.float32))
-            tl.store(p_dgf + o_gate, dgate.to(p_dgf.dtype.element_ty), mask=m_gate)
-        else:
-            dgate = (behind[None, :] + tl.cumsum(terms, axis=0)) * factor
-            if LOGITS:
-                p_gb += i_batch * stride_gb_batch + i_head * stride_gb_head + first * stride_gb
-                dgate *= logistic(-load_rows(p_gb, o_row, m_row, stride_gb, o_key, m_key).to(tl.float32))
-            tl.store(p_dgb + o_gate, dgate.to(p_dgb.dtype.element_ty), mask=m_gate)
-
-
 def bidirectional_gla_backward(
     dout, q, k, v, gf, gb, norm_weight, normed, rstd, scale, gate_normalizer
 ) -> tuple[Tensor, ...]:
@@ -505,12 +424,12 @@ def bidirectional_gla_backward(
             *launch.sizes, launch.gate_factor, scale, *launch.strides,
             **launch.constants, **launch.options("gradients"), STRONG=strong,
         )  # fmt: skip
-    parts = 0 if norm_weight is None else triton.cdiv(launch.block_values, _COLUMNS)
+    parts = 0 if norm_weight is None else triton.cdiv(launch.block_values, COLUMNS)
     names = ("K", "V", "LOGITS", "T", "MOST", "BLOCK_K")
     bidirectional_gla_gates_kernel[(parts + 2 * launch.rows * launch.blocks,)](
         *launch.tensors[3:], terms, sums, dgf, dgb, launch.dweight, dweight,
         *launch.sizes, parts, len(launch.dweight) if parts else 0, scale * launch.gate_factor, *launch.strides[9:],
-        **{name: launch.constants[name] for name in names}, COLUMNS=_COLUMNS, STATES=launch.entering is not None,
+        **{name: launch.constants[name] for name in names}, COLUMNS=COLUMNS, STATES=launch.entering is not None,
         num_warps=1,
     )  # fmt: skip
     return dq, dk, dv, dgf, dgb, dweight
