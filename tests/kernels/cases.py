@@ -35,6 +35,7 @@ SHORT = [
     BidirectionalScan(1, 4, 40, 2, 8, step=-20.0),
     *(BidirectionalGla(2, length, 2, 8, 12, norm=length % 2 == 0) for length in (1, 2, 7, 49, 63, 131, 196)),
     *(BidirectionalGla(1, 40, 1, keys, values) for keys, values in ((1, 1), (3, 5), (16, 32), (32, 64), (20, 48))),
+    BidirectionalGla(1, 290, 1, 64, 128, norm=True),
     *(BidirectionalGla(1, 70, 3, 16, 8, decay=decay) for decay in (-8.0, -1.0, -0.3, 0.0)),
     *(Conv1d(2, 6, length, reverse=length % 2 == 0) for length in (1, 2, 7, 49, 131, 197)),
     *(Conv1d(1, channels, 33, 3, bias=False, padding="same") for channels in (1, 3, 96, 392)),
@@ -116,6 +117,7 @@ LARGE = [
     BidirectionalGla(100, 196, 3, 32, 64, norm=True),
     *(BidirectionalGla(2, length, 3, 16, 32) for length in (1000, 3136, 60800)),
     BidirectionalGla(4, 4096, 3, 32, 64),
+    BidirectionalGla(8, 250, 3, 16, 32, norm=True),
     BidirectionalGla(2, 300, 24, 24, 48, norm=True),
     *(BidirectionalGla(2, 1000, 4, 32, 64, decay=decay) for decay in (-8.0, -1.0, 0.0)),
 ]

@@ -67,10 +67,10 @@ if interpreting():
         # Smaller blocks than on a GPU: the interpreter walks through a tile element by element.
         for form in ("forward_form", "backward_form"):
             monkeypatch.setattr(triton_launch, form, lambda state: (16, 1, 4, None))
-        monkeypatch.setattr(bidirectional_gla, "_ENOUGH_ROWS", 1)
         monkeypatch.setattr(bidirectional_gla, "_GROUP", 2)
         if segments == "several":
-            monkeypatch.setattr(bidirectional_gla, "_ENOUGH_ROWS", 1000)
+            monkeypatch.setattr(bidirectional_gla, "_MOST", 2)
+            monkeypatch.setattr(bidirectional_gla, "_CHUNK", 2)
             monkeypatch.setattr(triton_launch, "_MIN_TOKENS_PER_SEGMENT", 1)
             monkeypatch.setattr(selective_scan_2d, "_SEGMENT_TILES", 1)
             monkeypatch.setattr(selective_scan_2d, "_SEGMENT_TILES_MANY_STATES", 2)
@@ -100,6 +100,17 @@ if interpreting():
             results.append([*outputs, *torch.autograd.grad(outputs, inputs, upstream)])
         for got, want in zip(*results, strict=True):
             assert relative_error(got, want) < 1e-5
+
+    @pytest.mark.parametrize("options", [{"norm": True}, {"decay": -1.0}], ids=str)
+    def test_attention_in_chunks(options, monkeypatch):
+        from mmvssm_kernels.bidirectional_gla import triton_launch
+
+        # Values in two halves, and float16 operands in states.
+        monkeypatch.setattr(triton_launch, "_MOST", 2)
+        monkeypatch.setattr(triton_launch, "_CHUNK", 2)
+        case = BidirectionalGla(1, 70, 1, 20, 40, **options)
+        with poisoned_memory():
+            check_operator(OPERATORS[type(case)], case, torch.float16, "cpu", "triton")
 
 else:
 

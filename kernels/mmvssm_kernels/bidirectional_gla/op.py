@@ -122,9 +122,12 @@ def _setup_context(ctx, inputs, output):
     _, normed, rstd = output
     ctx.save_for_backward(q, k, v, gf, gb, norm_weight, normed, rstd)
     ctx.mark_non_differentiable(normed, rstd)
+    ctx.set_materialize_grads(False)  # or autograd fills tensors of their size with zeros
 
 
 def _backward(ctx, dout, *_):
+    if dout is None:  # nothing depends on the output
+        return (None,) * 12
     saved = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
     grads = torch.ops.mmvssm.bidirectional_gla_backward(dout, *saved, ctx.scale, ctx.gate_normalizer, ctx.backend)
     if saved[5] is None:

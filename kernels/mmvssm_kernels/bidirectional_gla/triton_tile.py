@@ -1,13 +1,12 @@
-"""Building blocks of the kernels: tiles of a chunk, sums of log-decays, what one direction does with a chunk.
+"""Building blocks of the kernels: tiles of a block of tokens, units, and pairs of tokens with strong gates.
 
-A chunk has T tokens (rows). Log-decays are in units of log 2. The ``key`` sum of a token is that of the gates behind it
-in the direction's order, to the end of the chunk; its ``query`` sum is that from the chunk's start to the token's own.
-Sums are products with triangular matrices of ones: nothing is subtracted, and a strong gate does not swallow its
-neighbours.
+A block has T tokens (rows). Log-decays are in units of log 2. The operands that blocks exchange are *decayed*: for the
+forward direction
 
-A pair of tokens decays by exp2(key sum of the earlier - key sum of the later token). In a chunk whose gates are mild
-the two factors are formed alone: the one is at most 1, the other at most 2^MILD. Any other chunk takes a slower path,
-on which no exponent is ever positive: :func:`careful_outputs`.
+    query[i] = q[i] 2^(sum of the gates up to i + half)        key[j] = k[j] 2^(sum of the gates behind j + half)
+
+with ``half`` (K) minus half the block's total log-decay, at most MILD; the backward direction mirrors them. Inside a
+block, query[i] key[j] then is what a pair of tokens needs, because everything but the gates between them cancels.
 """
 
 import triton
@@ -15,29 +14,15 @@ import triton.language as tl
 
 from ..triton_scan import LOG2_E, softplus
 
-# A chunk in which no state decays by more than this power of two: far from the ends of float32 and bfloat16.
-MILD: tl.constexpr = tl.constexpr(80.0)
-# Stronger decays are zero in float32 anyway, however often they occur.
-STRONGEST: tl.constexpr = tl.constexpr(-256.0)
+# Stronger decays are zero in float32 anyway.
+STRONGEST: tl.constexpr = tl.constexpr(-160.0)
 
 
 @triton.jit
-def before(o_row, REVERSED: tl.constexpr):
-    """Pairs (T, T) whose first token comes before the second in the direction's order."""
-    return o_row[:, None] > o_row[None, :] if REVERSED else o_row[:, None] < o_row[None, :]
-
-
-@triton.jit
-def not_before(o_row, REVERSED: tl.constexpr):
-    """Pairs (T, T) whose first token does not come before the second: what a query attends to."""
-    return o_row[:, None] <= o_row[None, :] if REVERSED else o_row[:, None] >= o_row[None, :]
-
-
-@triton.jit
-def load_rows(p_chunk, o_row, m_row, stride, o_column, m_column):
-    """Tile (T, columns) of one head and chunk, zero where masked."""
+def load_rows(p_block, o_row, m_row, stride, o_column, m_column):
+    """Tile (T, columns) of one head and block, zero where masked."""
     return tl.load(
-        p_chunk + o_row[:, None] * stride + o_column[None, :], mask=m_row[:, None] & m_column[None, :], other=0.0
+        p_block + o_row[:, None] * stride + o_column[None, :], mask=m_row[:, None] & m_column[None, :], other=0.0
     )
 
 
@@ -51,11 +36,15 @@ def load_vector(p_vector, o_column, m_column):
 
 
 @triton.jit
-def load_log_decays(p_chunk, o_row, m_row, stride, o_key, m_key, gate_factor, LOGITS: tl.constexpr):
+def load_log_decays(p_block, o_row, m_row, stride, o_key, m_key, gate_factor, LOGITS: tl.constexpr):
     """Log-decays (T, K) in units of log 2, zero where masked; from raw logits if LOGITS."""
-    gate = load_rows(p_chunk, o_row, m_row, stride, o_key, m_key).to(tl.float32)
+    m_gate = m_row[:, None] & m_key[None, :]
+    p_gate = p_block + o_row[:, None] * stride + o_key[None, :]
     if LOGITS:
-        gate = tl.where(m_row[:, None], -softplus(-gate), 0.0)
+        # A logit of 1e4 is a decay of 1.
+        gate = -softplus(-tl.load(p_gate, mask=m_gate, other=10000.0).to(tl.float32))
+    else:
+        gate = tl.load(p_gate, mask=m_gate, other=0.0).to(tl.float32)
     return tl.maximum(gate * (gate_factor * LOG2_E), STRONGEST)
 
 
@@ -66,7 +55,7 @@ def load_upstream(
 ):  # fmt: skip
     """Gradient (T, V) of the sum of both directions before the norm, if any, and each token's gradient of its weight.
 
-    Pointers are those of the chunk; in float32.
+    Pointers are those of the block; in float32.
     """
     dout = load_rows(p_dout, o_row, m_row, stride_dout, o_value, m_value).to(tl.float32)
     if p_normed is None:
@@ -80,36 +69,79 @@ def load_upstream(
 
 
 @triton.jit
-def operand(x, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+def unit_of(x, DTYPE: tl.constexpr):
+    """For float16 the exponent of the largest magnitude in ``x``, by which a tile is scaled into range; else 0."""
+    if DTYPE == tl.float16:  # noqa: SIM300 (a constexpr, but no constant)
+        top = tl.max(tl.abs(x.to(tl.float32)))
+        exponent = ((top.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+        return tl.maximum(exponent, -60).to(tl.float32)
+    else:
+        return tl.full((), 0.0, tl.float32)
+
+
+@triton.jit
+def half_of(total, MILD: tl.constexpr):
+    """By how many powers of two (K) the operands of a block with this total log-decay (K) are moved."""
+    return tl.minimum(-0.5 * total, MILD)
+
+
+@triton.jit
+def store_weights(
+    p_weights, p_left, p_right, stride, left_half, right_half, unit, here, n_blocks, o_key,
+    EXPONENT: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    """Store the decays (MOST, K) between the block that is ``here`` in a chunk and the others.
+
+    Those to the left are met in one direction, those to the right in the other: pointers are to the chunk's total
+    log-decays in these directions, EXPONENT strides before the exponents of the operands.
+
+    Returns:
+        The log-decays (K) from the block to both ends of the chunk.
+    """
+    o_block = tl.arange(0, MOST)[:, None]
+    o_vector = o_block * o_key.shape[0] + o_key[None, :]
+    m_left = o_block < here
+    m_right = (o_block > here) & (o_block < n_blocks)
+    # Blocks between, without the one that is met: nothing is subtracted from a sum of strong gates.
+    left = tl.load(p_left + o_key.shape[0] + o_vector, mask=o_block + 1 < here, other=0.0)
+    right = tl.load(p_right - o_key.shape[0] + o_vector, mask=m_right & (o_block - 1 > here), other=0.0)
+    exponent = tl.load(p_left + EXPONENT * stride + o_vector, mask=m_left, other=0.0)
+    exponent += tl.load(p_right + EXPONENT * stride + o_vector, mask=m_right, other=0.0)
+    left = tl.cumsum(left, axis=0, reverse=True) - left_half[None, :]
+    right = tl.cumsum(right, axis=0) - right_half[None, :]
+    tl.store(p_weights + o_vector, tl.exp2(tl.where(m_left, left, right) + (exponent - unit)))
+    to_left = tl.sum(tl.load(p_left + o_vector, mask=m_left, other=0.0), axis=0) - left_half
+    to_right = tl.sum(tl.load(p_right + o_vector, mask=m_right, other=0.0), axis=0) - right_half
+    return to_left, to_right
+
+
+@triton.jit
+def other_launch(f_half, b_half, MILD: tl.constexpr, STRONG: tl.constexpr):
+    """Whether a block belongs to the other of two launches, that for mild and that for strong gates."""
+    top = tl.max(tl.maximum(f_half, b_half), axis=0)
+    return top < MILD if STRONG else top >= MILD
+
+
+@triton.jit
+def operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """Computed float32 values as an operand of a product; tensor cores would cut TF32 off instead of rounding it."""
-    if WIDE == tl.float32 and PRECISION == "tf32":  # noqa: SIM300 (a constexpr, but no constant)
+    if DTYPE == tl.float32 and PRECISION == "tf32":  # noqa: SIM300 (a constexpr, but no constant)
         return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
     else:
-        return x.to(WIDE)
+        return x.to(DTYPE)
 
 
 @triton.jit
-def wide_sums(x, chosen):
-    """For each row the sum of the rows of ``x`` (T, K) that ``chosen`` (T, T) names.
-
-    TF32 tensor cores add two terms of each value, 22 bits.
-    """
-    ones = tl.where(chosen, 1.0, 0.0)
-    high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    total = tl.dot(ones, high, input_precision="tf32")
-    return tl.dot(ones, x - high, total, input_precision="tf32")
+def state_operand(state, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """A float32 state as an operand, and the exponent of its unit."""
+    unit = unit_of(state, DTYPE)
+    return operand(state * tl.exp2(-unit), DTYPE, PRECISION), unit
 
 
 @triton.jit
-def sums(gate, chosen, DTYPE: tl.constexpr):
-    """:func:`wide_sums` of log-decays; for 16-bit inputs two terms of 16 bits, which hold 16 bits (bfloat16) or 22."""
-    if DTYPE == tl.float32:  # noqa: SIM300 (a constexpr, but no constant)
-        return wide_sums(gate, chosen)
-    else:
-        ones = tl.where(chosen, 1.0, 0.0).to(DTYPE)
-        high = gate.to(DTYPE)
-        low = (gate - high.to(tl.float32)).to(DTYPE)
-        return tl.dot(ones, low, tl.dot(ones, high))
+def not_before(o_row, REVERSED: tl.constexpr):
+    """Pairs (T, T) whose first token does not come before the second: what a query attends to."""
+    return o_row[:, None] <= o_row[None, :] if REVERSED else o_row[:, None] >= o_row[None, :]
 
 
 @triton.jit
@@ -128,36 +160,41 @@ def lengthen(decay_sum, gate, o_row, j, REVERSED: tl.constexpr):
 
 
 @triton.jit
-def careful_outputs(
-    state, q, k, v, gate, DTYPE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, REVERSED: tl.constexpr,
-    T: tl.constexpr,
-):  # fmt: skip
-    """Outputs (T, V) of a chunk for gates of any strength, key by key: every pair of tokens has its own exponent."""
+def strong_matrix(q, k, gate, T: tl.constexpr, REVERSED: tl.constexpr):
+    """Weights (T, T) of the pairs in a block for gates of any strength: every pair has its own exponent."""
     o_row = tl.arange(0, T)
-    q, k = q.to(tl.float32), k.to(tl.float32)
-    query_sum = sums(gate, not_before(o_row, REVERSED), DTYPE)
     matrix = tl.zeros((T, T), tl.float32)
     decay_sum = tl.zeros(q.shape, tl.float32)
     for i in range(T):
         j = i if REVERSED else T - 1 - i
         decay_sum = lengthen(decay_sum, gate, o_row, j, REVERSED)
         this = o_row == j
-        decay = tl.exp2(decay_sum)
-        weights = tl.sum(q * row_of(k, this)[None, :] * decay, axis=1)
+        weights = tl.sum(q * row_of(k, this)[None, :] * tl.exp2(decay_sum), axis=1)
         matrix = tl.where(this[None, :], weights[:, None], matrix)
-    matrix = tl.where(not_before(o_row, REVERSED), matrix, 0.0)
-    out = tl.dot(
-        operand(q * tl.exp2(query_sum), WIDE, PRECISION), operand(state, WIDE, PRECISION), input_precision=PRECISION
-    )
-    return tl.dot(operand(matrix, WIDE, PRECISION), v.to(WIDE), out, input_precision=PRECISION)
+    return tl.where(not_before(o_row, REVERSED), matrix, 0.0)
 
 
 @triton.jit
-def mild_outputs(decayed, q, key, key_sum, v, WIDE: tl.constexpr, PRECISION: tl.constexpr, REVERSED: tl.constexpr):
-    """Outputs (T, V) of a chunk whose gates are mild, from its decayed entering state and decayed keys."""
-    o_row = tl.arange(0, q.shape[0])
-    query = operand(q.to(tl.float32) * tl.exp2(-key_sum), WIDE, PRECISION)
-    matrix = tl.dot(query, tl.trans(operand(key, WIDE, PRECISION)), input_precision=PRECISION)
-    matrix = tl.where(not_before(o_row, REVERSED), matrix, 0.0)
-    out = tl.dot(query, operand(decayed, WIDE, PRECISION), input_precision=PRECISION)
-    return tl.dot(operand(matrix, WIDE, PRECISION), v.to(WIDE), out, input_precision=PRECISION)
+def strong_gradients(q, k, scores, gate, T: tl.constexpr, REVERSED: tl.constexpr):
+    """Gradients of q and k (T, K) by way of :func:`strong_matrix`, without a token's share in itself, and that matrix.
+
+    ``scores`` (T, T) is the gradient of the matrix.
+    """
+    o_row = tl.arange(0, T)
+    keep = not_before(o_row, REVERSED)
+    others = tl.where(keep & (o_row[:, None] != o_row[None, :]), scores, 0.0)
+    matrix = tl.zeros((T, T), tl.float32)
+    decay_sum = tl.zeros(q.shape, tl.float32)
+    dq = tl.zeros(q.shape, tl.float32)
+    dk = tl.zeros(q.shape, tl.float32)
+    for i in range(T):
+        j = i if REVERSED else T - 1 - i
+        decay_sum = lengthen(decay_sum, gate, o_row, j, REVERSED)
+        this = o_row == j
+        key = row_of(k, this)[None, :]
+        decay = tl.exp2(decay_sum)
+        matrix = tl.where(this[None, :], tl.sum(q * key * decay, axis=1)[:, None], matrix)
+        decay *= tl.sum(tl.where(this[None, :], others, 0.0), axis=1)[:, None]
+        dq += decay * key
+        dk += tl.where(this[:, None], tl.sum(decay * q, axis=0)[None, :], 0.0)
+    return dq, dk, tl.where(keep, matrix, 0.0)
