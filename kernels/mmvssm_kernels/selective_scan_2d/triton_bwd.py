@@ -21,18 +21,21 @@ from .triton_tile import (
     load_low_rank,
     load_rate,
     load_rows,
+    load_states,
     load_tile,
     next_tile,
     raw_steps,
     round_tf32,
+    row,
     scan_adjoint,
     scan_states,
     scan_states_and_inflow,
+    set_row,
     softplus_log2,
     step_weights,
     step_weights_back,
     store_low_rank,
-    store_rows,
+    store_states,
     store_tile,
     tile_tokens,
 )
@@ -50,7 +53,6 @@ def selective_scan_2d_bwd_kernel(
     p_entering,
     p_flow_entering,
     p_border,
-    p_flow,
     p_sum,
     p_dx,
     p_dprojected,
@@ -78,8 +80,7 @@ def selective_scan_2d_bwd_kernel(
 
     p_sum (batch, H, W, D) float32 adds up the gradient of x, whose last direction goes to p_dx; p_dprojected is
     (channel blocks, batch, H, W, 4, R + 2N); p_dparameters (programs, 4, R + 2 + N, D) has rows of the weights and the
-    bias of step sizes, of D and of A_log. p_border (sequences, tiles, N, D) and p_flow (sequences, N, D) are working
-    memory; the threads that write a number are those that read it.
+    bias of step sizes, of D and of A_log. p_border (sequences, tiles, N, D) is working memory.
     """
     K: tl.constexpr = R + 2 * N
     C: tl.constexpr = 4 * V
@@ -93,6 +94,8 @@ def selective_scan_2d_bwd_kernel(
     m_channel = o_channel < D
     i_sequence = i_group * Q + tl.arange(0, Q)
     m_sequence = i_sequence < batch * n_segments
+    i_sequence = tl.minimum(i_sequence, batch * n_segments - 1)
+    m_all = tl.full((T, Q), True, tl.int1)
     i_batch = i_sequence // n_segments
     i_segment = i_sequence % n_segments
     o_image = i_batch * height * width
@@ -114,40 +117,35 @@ def selective_scan_2d_bwd_kernel(
 
         # Along the direction: the state that enters each tile.
         weight, bias = step_weights(p_dt_weight, p_dt_bias, i_channel, i_direction, D, R, BLOCK_R, V, PRECISION)
-        for n in range(N):
-            entering = load_rows(p_entering, o_entering + n, m_entering, i_channel, D, D, V)
-            store_rows(p_border, entering, o_border + n, m_sequence, i_channel, D, D, V)
-        # One state stays in registers; several are read back from where they were laid down.
-        state = load_rows(p_entering, o_entering, m_entering, i_channel, D, D, V)
+        state = load_states(p_entering, o_entering, m_entering, i_channel, D, N, V)
+        store_states(p_border, state, o_border, m_sequence, i_channel, D, N, V)
         rate = load_rate(p_rate, m_sequence, i_channel, i_direction, 0, D, N, V)
         o_pixel, m_token = tile_tokens(
             o_image, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T
         )
-        low_rank = load_low_rank(p_projected, o_pixel, m_token, i_direction, K, R, BLOCK_R)
-        x = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V)
+        low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
+        x = load_tile(p_x, o_pixel, m_all, i_channel, stride_pixel, D, V)
         for j in range(n_tiles - 1):
             raw = raw_steps(low_rank, m_token, weight, bias, WIDTH, PRECISION)
             p_token = p_B + o_pixel.to(tl.int64) * (4 * K)
-            b_B = tl.load(p_token, mask=m_token, other=0.0)
             m_now, x_now = m_token, x.to(tl.float32)
             # The next tile's inputs are fetched before this one is computed.
             i_outer, i_inner = next_tile(i_outer, i_inner, n_tiles_inner, step)
             o_pixel, m_token = tile_tokens(
                 o_image, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T
             )
-            low_rank = load_low_rank(p_projected, o_pixel, m_token, i_direction, K, R, BLOCK_R)
-            x = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V)
+            low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
+            x = load_tile(p_x, o_pixel, m_all, i_channel, stride_pixel, D, V)
             v = softplus_log2(raw, PRECISE)
             x_now *= v
-            for n in range(N):
-                o_state = o_border + j * N + n
+            for n in tl.static_range(N):
                 if N > 1:
                     rate = load_rate(p_rate, m_sequence, i_channel, i_direction, n, D, N, V)
-                    state = load_rows(p_border, o_state, m_sequence, i_channel, D, D, V)
-                    b_B = tl.load(p_token + n, mask=m_now, other=0.0)
+                b_B = tl.load(p_token + n)
                 decay = tl.exp2(v * -rate[None, :, :])
-                _, state = scan_states(decay, x_now * (b_B * LN_2)[:, :, None], state)
-                store_rows(p_border, state, o_state + N, m_sequence, i_channel, D, D, V)
+                _, last = scan_states(decay, x_now * (b_B * LN_2)[:, :, None], row(state, n))
+                state = set_row(state, last, n)
+            store_states(p_border, state, o_border + (j + 1) * N, m_sequence, i_channel, D, N, V)
         tl.debug_barrier()  # states and sums may be read by other threads of this program than wrote them
 
         # Against the direction: the gradients of each tile. Loaded again, because Triton 3.7 fails to compile when
@@ -156,8 +154,8 @@ def selective_scan_2d_bwd_kernel(
         weight_back = step_weights_back(p_dt_weight, i_channel, i_direction, D, R, BLOCK_R, V, WIDTH_BACK, PRECISION)
         skip = tl.load(p_skip + i_direction * D + o_channel, mask=m_channel, other=0.0).to(tl.float32)
         rate = load_rate(p_rate, m_sequence, i_channel, i_direction, 0, D, N, V)
-        flow = load_rows(p_flow_entering, o_entering, m_entering, i_channel, D, D, V)
-        drate = tl.zeros((Q, C), tl.float32)
+        flow = load_states(p_flow_entering, o_entering, m_entering, i_channel, D, N, V)
+        drate = tl.zeros((triton.next_power_of_2(N), Q, C), tl.float32)
         dskip = tl.zeros((Q, C), tl.float32)
         dweight = tl.zeros((BLOCK_R, C), tl.float32)
         # The position, too, is computed again, for the same reason on AMD GPUs.
@@ -166,60 +164,46 @@ def selective_scan_2d_bwd_kernel(
         o_pixel, m_token = tile_tokens(
             o_image, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T
         )
-        low_rank = load_low_rank(p_projected, o_pixel, m_token, i_direction, K, R, BLOCK_R)
-        b_x = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V)
+        low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
+        b_x = load_tile(p_x, o_pixel, m_all, i_channel, stride_pixel, D, V)
         b_dy = load_tile(p_dy, o_pixel, m_token, i_channel, stride_dy_pixel, D, V)
         for j in range(n_tiles - 1, -1, -1):
             raw = raw_steps(low_rank, m_token, weight, bias, WIDTH, PRECISION)
             low_now, o_now, m_now = low_rank, o_pixel, m_token
             u, dy = b_x.to(tl.float32), b_dy.to(tl.float32)
             p_token = p_B + o_now.to(tl.int64) * (4 * K)
-            b_B = tl.load(p_token, mask=m_now, other=0.0)
-            b_C = tl.load(p_token + N, mask=m_now, other=0.0)
-            state = load_rows(p_border, o_border + j * N, m_sequence, i_channel, D, D, V)
-            dx = load_tile(p_sum, o_now, m_now & (i > 0), i_channel, D, D, V)
+            dx = load_tile(p_sum, o_now, m_all & (i > 0), i_channel, D, D, V)
             i_outer, i_inner = next_tile(i_outer, i_inner, n_tiles_inner, tl.where(j > 0, -step, 0))
             o_pixel, m_token = tile_tokens(
                 o_image, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T
             )
-            low_rank = load_low_rank(p_projected, o_pixel, m_token, i_direction, K, R, BLOCK_R)
-            b_x = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V)
+            low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
+            b_x = load_tile(p_x, o_pixel, m_all, i_channel, stride_pixel, D, V)
             b_dy = load_tile(p_dy, o_pixel, m_token, i_channel, stride_dy_pixel, D, V)
             v = softplus_log2(raw, PRECISE)
             dskip += tl.sum(u * dy, axis=0)
             uv = u * v
             dinput = tl.zeros((T, Q, C), tl.float32)
             ddecay = tl.zeros((T, Q, C), tl.float32)
-            for n in range(N):
+            for n in tl.static_range(N):
                 if N > 1:
-                    is_start = j == n_tiles - 1
-                    o_flow = i_sequence * N + n
                     rate = load_rate(p_rate, m_sequence, i_channel, i_direction, n, D, N, V)
-                    flow = load_rows(p_flow, o_flow, m_sequence & (not is_start), i_channel, D, D, V)
-                    m_start = m_entering & is_start
-                    flow += load_rows(p_flow_entering, o_entering + n, m_start, i_channel, D, D, V)
-                    state = load_rows(p_border, o_border + j * N + n, m_sequence, i_channel, D, D, V)
-                    b_B = tl.load(p_token + n, mask=m_now, other=0.0)
-                    b_C = tl.load(p_token + N + n, mask=m_now, other=0.0)
+                arriving = load_rows(p_border, o_border + j * N + n, m_sequence, i_channel, D, D, V)
+                b_B = tl.load(p_token + n)
+                b_C = tl.load(p_token + N + n, mask=m_now, other=0.0)
                 decay = tl.exp2(v * -rate[None, :, :])
-                states, inflow = scan_states_and_inflow(decay, uv * (b_B * LN_2)[:, :, None], state)
+                states, inflow = scan_states_and_inflow(decay, uv * (b_B * LN_2)[:, :, None], arriving)
                 dC = tl.sum(states * dy, axis=2)
-                grad, flow = scan_adjoint(decay, dy * b_C[:, :, None], flow)
+                grad, leaving = scan_adjoint(decay, dy * b_C[:, :, None], row(flow, n))
+                flow = set_row(flow, leaving, n)
                 dB = tl.sum(grad * uv, axis=2) * LN_2
                 dinput += grad * b_B[:, :, None]
                 inflow *= grad
                 ddecay += inflow * rate[None, :, :]
+                drate = set_row(drate, row(drate, n) + tl.sum(inflow * v, axis=0), n)
                 p_dtoken = p_dB + o_now.to(tl.int64) * (4 * K) + n
                 tl.store(p_dtoken, dB, mask=m_now)
                 tl.store(p_dtoken + N, dC, mask=m_now)
-                if N > 1:
-                    store_rows(p_flow, flow, o_flow, m_sequence, i_channel, D, D, V)
-                    sum_rate = tl.sum(tl.sum(inflow * v, axis=0) * rate, axis=0)
-                    p_drate = p_dparameters + (i_direction * (R + 2 + N) + R + 2 + n) * D + o_channel
-                    sum_rate = tl.load(p_drate, mask=m_channel & (not is_start), other=0.0) - sum_rate * LN_2
-                    tl.store(p_drate, sum_rate, mask=m_channel)
-                else:
-                    drate += tl.sum(inflow * v, axis=0)
             dx = dx + skip[None, None, :] * dy
             dx = dx + (v * LN_2) * dinput
             if i == 3:
@@ -237,8 +221,46 @@ def selective_scan_2d_bwd_kernel(
         p_dparameter = p_dparameters + i_direction * ((R + 2 + N) * D) + o_channel
         tl.store(p_dparameter[None, :] + o_rank[:, None] * D, dweight, mask=(o_rank <= R)[:, None] & m_channel[None, :])
         tl.store(p_dparameter + (R + 1) * D, tl.sum(dskip, axis=0), mask=m_channel)
-        if N == 1:
-            tl.store(p_dparameter + (R + 2) * D, tl.sum(drate * rate, axis=0) * -LN_2, mask=m_channel)
+        for n in tl.static_range(N):
+            if N > 1:
+                rate = load_rate(p_rate, m_sequence, i_channel, i_direction, n, D, N, V)
+            sums = tl.sum(row(drate, n) * rate, axis=0) * -LN_2
+            tl.store(p_dparameter + (R + 2 + n) * D, sums, mask=m_channel)
+
+
+@triton.jit(do_not_specialize=["n_groups"])
+def selective_scan_2d_sum_kernel(
+    p_partial,
+    p_dt_weight,
+    p_dt_bias,
+    p_A_log,
+    p_skip,
+    n_groups,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Sums of partial gradients (programs, 4, R + 2 + N, D) of the parameters, to the tensors of the parameters."""
+    ROWS: tl.constexpr = R + 2 + N
+    i_direction = tl.program_id(0) // ROWS
+    i_row = tl.program_id(0) % ROWS
+    o_channel = tl.program_id(1) * C + tl.arange(0, C)
+    m_channel = o_channel < D
+    i_group = tl.arange(0, G)
+    p_partial += tl.program_id(0) * D + o_channel[None, :]
+    total = tl.zeros((G, C), tl.float32)
+    for i_first in range(0, n_groups, G):
+        i_now = (i_first + i_group).to(tl.int64)[:, None]
+        mask = (i_now < n_groups) & m_channel[None, :]
+        total += tl.load(p_partial + i_now * (4 * ROWS * D), mask=mask, other=0.0)
+    sums = tl.sum(total, axis=0)
+    o_parameter = i_direction * D + o_channel
+    tl.store(p_dt_weight + o_parameter * R + i_row, sums, mask=m_channel & (i_row < R))
+    tl.store(p_dt_bias + o_parameter, sums, mask=m_channel & (i_row == R))
+    tl.store(p_skip + o_parameter, sums, mask=m_channel & (i_row == R + 1))
+    tl.store(p_A_log + o_parameter * N + (i_row - R - 2), sums, mask=m_channel & (i_row >= R + 2))
 
 
 def selective_scan_2d_backward(
@@ -262,7 +284,7 @@ def selective_scan_2d_backward(
     dprojected = buffer(launch.blocks, *launch.projected.shape, dtype=x.dtype)
     dparameters = buffer(launch.groups, 4, rank + 2 + state, channels)
     tensors = (launch.x, dy, launch.projected, *launch.parameters, entering, flows)
-    outputs = (border, launch.walk_states(), total, dx, dprojected, dparameters)
+    outputs = (border, total, dx, dprojected, dparameters)
     for first, count in launch.pairs:
         selective_scan_2d_bwd_kernel[launch.grid](
             *tensors,
@@ -276,15 +298,11 @@ def selective_scan_2d_backward(
         )
     dprojected = dprojected[0] if launch.blocks == 1 else dprojected.sum(0)
     dx.flatten(0, 2).addmm_(dprojected, x_proj_weight.flatten(0, 1).to(x.dtype))
-    dx_weight = dprojected.T @ launch.flat
-    dparameters = dparameters.sum(0)
-    gradients = (
-        dx_weight.view(x_proj_weight.shape),
-        dparameters[:, :rank].transpose(1, 2),
-        dparameters[:, rank],
-        dparameters[:, rank + 2 :].transpose(1, 2).reshape(A_log.shape),
-        dparameters[:, rank + 1].reshape(D.shape),
+    dx_weight = (dprojected.T @ launch.flat).view(x_proj_weight.shape)
+    parameters = (dt_proj_weight, dt_proj_bias, A_log, D)
+    gradients = tuple(torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters)
+    grid = (4 * (rank + 2 + state), triton.cdiv(channels, 32))
+    selective_scan_2d_sum_kernel[grid](
+        dparameters, *gradients, launch.groups, channels, rank, state, G=128, C=32, num_warps=4
     )
-    parameters = (x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)
-    dx = dx.permute(0, 3, 1, 2)
-    return dx, *(g.to(p.dtype).contiguous() for g, p in zip(gradients, parameters, strict=True))
+    return dx.permute(0, 3, 1, 2), dx_weight.to(x_proj_weight.dtype), *gradients

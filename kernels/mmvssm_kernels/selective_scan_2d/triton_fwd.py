@@ -72,6 +72,8 @@ def selective_scan_2d_fwd_kernel(
     o_channel = i_channel + tl.arange(0, C)
     i_sequence = tl.program_id(0) // N_BLOCKS * Q + tl.arange(0, Q)
     m_sequence = i_sequence < batch * n_segments
+    i_sequence = tl.minimum(i_sequence, batch * n_segments - 1)
+    m_all = tl.full((T, Q), True, tl.int1)
     i_batch = i_sequence // n_segments
     i_segment = i_sequence % n_segments
     o_image = i_batch * height * width
@@ -93,11 +95,11 @@ def selective_scan_2d_fwd_kernel(
         o_pixel, m_token = tile_tokens(
             o_image, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T
         )
-        low_rank = load_low_rank(p_projected, o_pixel, m_token, i_direction, K, R, BLOCK_R)
-        x = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V)
+        low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
+        x = load_tile(p_x, o_pixel, m_all, i_channel, stride_pixel, D, V)
         for j in range(n_tiles):
             raw = raw_steps(low_rank, m_token, weight, bias, WIDTH, PRECISION)
-            y = load_tile(p_sum, o_pixel, m_token & (i > 0), i_channel, D, D, V)
+            y = load_tile(p_sum, o_pixel, m_all & (i > 0), i_channel, D, D, V)
             p_token = p_B + o_pixel.to(tl.int64) * (4 * K)
             o_now, m_now, x_now = o_pixel, m_token, x.to(tl.float32)
             # The next tile's inputs are fetched before this one is computed.
@@ -105,16 +107,16 @@ def selective_scan_2d_fwd_kernel(
             o_pixel, m_token = tile_tokens(
                 o_image, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T
             )
-            low_rank = load_low_rank(p_projected, o_pixel, m_token, i_direction, K, R, BLOCK_R)
-            x = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V)
+            low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
+            x = load_tile(p_x, o_pixel, m_all, i_channel, stride_pixel, D, V)
             v = softplus_log2(raw, PRECISE)
             y = y + skip[None, None, :] * x_now
             x_now *= v
             for n in tl.static_range(N):
                 if N > 1:
                     rate = load_rate(p_rate, m_sequence, i_channel, i_direction, n, D, N, V)
-                b_B = tl.load(p_token + n, mask=m_now, other=0.0)
-                b_C = tl.load(p_token + N + n, mask=m_now, other=0.0)
+                b_B = tl.load(p_token + n)
+                b_C = tl.load(p_token + N + n)
                 decay = tl.exp2(v * -rate[None, :, :])
                 states, last = scan_states(decay, x_now * (b_B * LN_2)[:, :, None], row(state, n))
                 y = y + states * b_C[:, :, None]

@@ -101,10 +101,6 @@ class Launch:
             num_stages=1,
         )
 
-    def walk_states(self) -> Tensor:
-        """Uninitialised memory for the states between two tiles of every walk."""
-        return self.x.new_empty(self.sequences, self.state, self.channels, dtype=torch.float32)
-
     def entering_states(self, rows: Tensor, adjoint: bool) -> Tensor:
         """States (B, 4, segments, N, D) that enter the segments, or adjoint flows; unread if there is one segment.
 
@@ -116,7 +112,7 @@ class Launch:
             return entering
         states = torch.empty_like(entering)
         steps = rows.new_empty(self.batch, 4, self.segments, self.channels, dtype=torch.float32)
-        selective_scan_2d_states_kernel[(*self.grid, 4)](
+        selective_scan_2d_states_kernel[(4 * self.grid[0],)](
             rows,
             self.projected,
             *self.parameters[:3],

@@ -64,9 +64,12 @@ def selective_scan_2d_states_kernel(
     N_BLOCKS: tl.constexpr = (D + C - 1) // C
     WIDTH: tl.constexpr = 2 if p_dt_weight.dtype.element_ty.primitive_bitwidth == 16 else 1
     i_channel = tl.program_id(0) % N_BLOCKS * C
-    i_direction = tl.program_id(1)
-    i_sequence = tl.program_id(0) // N_BLOCKS * Q + tl.arange(0, Q)
+    # Directions of the same tokens run side by side, so that they share reads of the map.
+    i_direction = tl.program_id(0) // N_BLOCKS % 4
+    i_sequence = tl.program_id(0) // (4 * N_BLOCKS) * Q + tl.arange(0, Q)
     m_sequence = i_sequence < batch * n_segments
+    i_sequence = tl.minimum(i_sequence, batch * n_segments - 1)
+    m_all = tl.full((T, Q), True, tl.int1)
     i_batch = i_sequence // n_segments
     i_segment = i_sequence % n_segments
     o_image = i_batch * height * width
@@ -89,8 +92,8 @@ def selective_scan_2d_states_kernel(
     o_pixel, m_token = tile_tokens(
         o_image, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T
     )
-    low_rank = load_low_rank(p_projected, o_pixel, m_token, i_direction, K, R, BLOCK_R)
-    rows = load_tile(p_rows, o_pixel, m_token, i_channel, stride_pixel, D, V)
+    low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
+    rows = load_tile(p_rows, o_pixel, m_all, i_channel, stride_pixel, D, V)
     for j in range(n_tiles):
         raw = raw_steps(low_rank, m_token, weight, bias, WIDTH, PRECISION)
         p_token = p_weight + o_pixel.to(tl.int64) * (4 * K)
@@ -100,8 +103,8 @@ def selective_scan_2d_states_kernel(
         o_pixel, m_token = tile_tokens(
             o_image, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T
         )
-        low_rank = load_low_rank(p_projected, o_pixel, m_token, i_direction, K, R, BLOCK_R)
-        rows = load_tile(p_rows, o_pixel, m_token, i_channel, stride_pixel, D, V)
+        low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
+        rows = load_tile(p_rows, o_pixel, m_all, i_channel, stride_pixel, D, V)
         v = softplus_log2(raw, PRECISE)
         steps += tl.sum(v, axis=0)
         if not ADJOINT:
@@ -109,7 +112,8 @@ def selective_scan_2d_states_kernel(
         for n in tl.static_range(N):
             if N > 1:
                 rate = load_rate(p_rate, m_sequence, i_channel, i_direction, n, D, N, V)
-            b_weight = tl.load(p_token + n, mask=m_now, other=0.0)
+            # Masked tokens make no step, but their gradient must not enter.
+            b_weight = tl.load(p_token + n, mask=m_now, other=0.0) if ADJOINT else tl.load(p_token + n)
             decay = tl.exp2(v * -rate[None, :, :])
             value = rows_now * (b_weight if ADJOINT else b_weight * LN_2)[:, :, None]
             if ADJOINT:

@@ -1,13 +1,14 @@
 """What the kernels of the four-direction scan share: where tokens lie, the inputs of a tile, scans inside a tile.
 
 A tile is (T tokens, Q = 8 sequences, C = 4 V channels) and belongs to one warp. Token i of a tile is its i-th in scan
-order. A lane owns V neighbouring channels of one sequence and keeps all T tokens in registers, so that a scan over
-tokens is a chain of multiply-adds without shuffles, and what is loaded per token (address, B, C) serves V channels.
+order. A lane owns V channels of one sequence, 4 neighbours of every 16, and keeps all T tokens in registers, so that a
+scan over tokens is a chain of multiply-adds without shuffles, and what is loaded per token (address, B, C) serves V
+channels.
 
 This is also how matrix instructions hand out a result with one row per token and sequence: rows to 8 groups of lanes,
 pairs of columns to the 4 lanes of a group. The columns of a product may have any order, so they are ordered such that a
 lane gets the channels it owns (:func:`step_weights`), and loads are written such that Triton gives them the same lanes
-(:func:`_lane_offsets`): nothing moves between lanes, and the scans need no shared memory.
+(:func:`_tile_pointers`): nothing moves between lanes, and the scans need no shared memory.
 
 Maps are walked along rows (directions 0 and 2) or columns (1 and 3); a row or column is cut into tiles, its last one
 masked. Some tiles in a row, in the order of the tokens, are a segment: the part of a sequence that a program walks.
@@ -70,84 +71,55 @@ def next_tile(i_outer, i_inner, n_tiles_inner, step):
 def tile_tokens(
     o_first, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T: tl.constexpr
 ):
-    """Pixels and mask (T, Q) of the tokens of a tile; ``o_first`` (Q) is the first pixel of a sequence's image."""
-    i_token = tl.arange(0, T)
-    step = tl.where(is_reverse, -1, 1)
-    i_first = i_inner * T + tl.where(is_reverse, T - 1, 0)
-    o_row = o_first + i_outer * stride_outer + i_first * stride_inner
-    o_pixel = o_row[None, :] + (i_token * (step * stride_inner))[:, None]
-    m_row = m_sequence & (i_outer >= 0) & (i_outer < n_outer)
-    m_token = (i_first[None, :] + (i_token * step)[:, None] < n_inner) & m_row[None, :]
+    """Pixels and mask (T, Q) of the tokens of a tile; ``o_first`` (Q) is the first pixel of a sequence's image.
+
+    A masked token has some pixel of its image and makes no step, so that most loads need no mask.
+    """
+    i_token = tl.arange(0, T)[:, None]
+    i_column = (i_inner * T + tl.where(is_reverse, T - 1, 0))[None, :] + tl.where(is_reverse, -i_token, i_token)
+    i_row = tl.minimum(tl.maximum(i_outer, 0), n_outer - 1)
+    o_pixel = (o_first + i_row * stride_outer)[None, :] + tl.minimum(i_column, n_inner - 1) * stride_inner
+    m_token = (i_column < n_inner) & (m_sequence & (i_outer == i_row))[None, :]
     return o_pixel, m_token
 
 
 @triton.jit
-def _lane_offsets(V: tl.constexpr, W: tl.constexpr):
-    """Offsets (4, 1, 1, V / W, W) of what the lanes of a token load: V elements each, W at once."""
-    o_lane = tl.arange(0, 4)[:, None, None, None, None] * V
-    o_access = tl.arange(0, V // W)[None, None, None, :, None] * W
-    return o_lane + o_access + tl.arange(0, W)[None, None, None, None, :]
-
-
-@triton.jit
 def _lane_pointers(p_map, o_row, o_lane, STRIDE: tl.constexpr):
-    """Pointers (4, T, Q, V / W, W) to rows that are ``STRIDE`` elements apart.
+    """Pointers (4, T, Q, accesses, W) to rows that are ``STRIDE`` elements apart.
 
     The hint makes the layout: Triton orders the axes by contiguity, so that a lane takes W elements, then come the 4
     lanes of a token, then sequences, never tokens. Neither of the two is contiguous; the numbers only make the order.
     """
+    W: tl.constexpr = o_lane.shape[4]
     pointers = p_map + o_row.to(tl.int64)[None, :, :, None, None] * STRIDE + o_lane
-    return tl.max_contiguous(
-        pointers, [3 if o_lane.shape[4] > 1 else 1, 1, 2 if o_lane.shape[4] > 1 else 1, 1, o_lane.shape[4]]
-    )
+    return tl.max_contiguous(pointers, [3 if W > 1 else 1, 1, 2 if W > 1 else 1, 1, W])
 
 
 @triton.jit
-def _tile_pointers(p_map, o_row, o_channel, STRIDE: tl.constexpr, V: tl.constexpr):
-    """Pointers (T, Q, C), for elements of which a lane can load V at once; the hint is as in :func:`_lane_pointers`."""
-    pointers = p_map + o_row.to(tl.int64)[:, :, None] * STRIDE + o_channel[None, None, :]
-    return tl.max_contiguous(pointers, [1, 2, V])
+def _tile_pointers(p_map, o_row, m_row, i_first, STRIDE: tl.constexpr, D: tl.constexpr, V: tl.constexpr):
+    """Pointers and mask (4, T, Q, V / 4, 4) of a tile: the 4 lanes of a token take 16 neighbouring channels at once."""
+    o_lane = tl.arange(0, 4)[:, None, None, None, None] * 4 + tl.arange(0, 4)[None, None, None, None, :]
+    o_channel = i_first + o_lane + tl.arange(0, V // 4)[None, None, None, :, None] * 16
+    mask = m_row[None, :, :, None, None]
+    if D % (4 * V) != 0:
+        mask = mask & (o_channel < D)
+    return _lane_pointers(p_map, o_row, o_channel, STRIDE), mask
 
 
 @triton.jit
 def load_tile(p_map, o_row, m_row, i_first, STRIDE: tl.constexpr, D: tl.constexpr, V: tl.constexpr):
     """Channels ``i_first`` on of the rows ``o_row`` (T, Q), as (T, Q, C)."""
-    BITS: tl.constexpr = p_map.dtype.element_ty.primitive_bitwidth
-    if V * BITS <= 128:
-        o_channel = i_first + tl.arange(0, 4 * V)
-        mask = m_row[:, :, None]
-        if D % (4 * V) != 0:
-            mask = mask & (o_channel < D)[None, None, :]
-        return tl.load(_tile_pointers(p_map, o_row, o_channel, STRIDE, V), mask=mask, other=0.0)
-    else:
-        W: tl.constexpr = 128 // BITS
-        o_lane = i_first + _lane_offsets(V, W)
-        mask = m_row[None, :, :, None, None]
-        if D % (4 * V) != 0:
-            mask = mask & (o_lane < D)
-        tile = tl.load(_lane_pointers(p_map, o_row, o_lane, STRIDE), mask=mask, other=0.0)
-        return tl.reshape(tl.permute(tile, (1, 2, 0, 3, 4)), (o_row.shape[0], o_row.shape[1], 4 * V))
+    pointers, mask = _tile_pointers(p_map, o_row, m_row, i_first, STRIDE, D, V)
+    tile = tl.load(pointers, mask=mask, other=0.0)
+    return tl.reshape(tl.permute(tile, (1, 2, 3, 0, 4)), (o_row.shape[0], o_row.shape[1], 4 * V))
 
 
 @triton.jit
 def store_tile(p_map, tile, o_row, m_row, i_first, STRIDE: tl.constexpr, D: tl.constexpr, V: tl.constexpr):
     """The counterpart of :func:`load_tile`."""
-    BITS: tl.constexpr = p_map.dtype.element_ty.primitive_bitwidth
-    tile = tile.to(p_map.dtype.element_ty)
-    if V * BITS <= 128:
-        o_channel = i_first + tl.arange(0, 4 * V)
-        mask = m_row[:, :, None]
-        if D % (4 * V) != 0:
-            mask = mask & (o_channel < D)[None, None, :]
-        tl.store(_tile_pointers(p_map, o_row, o_channel, STRIDE, V), tile, mask=mask)
-    else:
-        W: tl.constexpr = 128 // BITS
-        o_lane = i_first + _lane_offsets(V, W)
-        mask = m_row[None, :, :, None, None]
-        if D % (4 * V) != 0:
-            mask = mask & (o_lane < D)
-        tile = tl.reshape(tile, (o_row.shape[0], o_row.shape[1], 4, V // W, W))
-        tl.store(_lane_pointers(p_map, o_row, o_lane, STRIDE), tl.permute(tile, (2, 0, 1, 3, 4)), mask=mask)
+    pointers, mask = _tile_pointers(p_map, o_row, m_row, i_first, STRIDE, D, V)
+    tile = tl.reshape(tile.to(p_map.dtype.element_ty), (o_row.shape[0], o_row.shape[1], V // 4, 4, 4))
+    tl.store(pointers, tl.permute(tile, (3, 0, 1, 2, 4)), mask=mask)
 
 
 @triton.jit
@@ -184,22 +156,30 @@ def store_states(p_rows, states, o_first, m_first, i_first, D: tl.constexpr, N: 
 
 
 @triton.jit
-def load_low_rank(p_projected, o_pixel, m_token, i_direction, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
+def _rank_offsets(BLOCK_R: tl.constexpr, W: tl.constexpr):
+    """Ranks (4, 1, 1, accesses, W) that the lanes of a token take, each a quarter of them."""
+    o_lane = tl.arange(0, 4)[:, None, None, None, None] * (BLOCK_R // 4)
+    o_access = tl.arange(0, BLOCK_R // (4 * W))[None, None, None, :, None] * W
+    return o_lane + o_access + tl.arange(0, W)[None, None, None, None, :]
+
+
+@triton.jit
+def load_low_rank(p_projected, o_pixel, i_direction, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
     """Low-rank step sizes of a tile, (T, Q, BLOCK_R); from R on they are other finite numbers or zero.
 
     What they are multiplied with is zero there (:func:`step_weights`), so whole vectors are loaded.
     """
     W: tl.constexpr = 4 if K % 4 == 0 else (2 if K % 2 == 0 else 1)
-    o_lane = _lane_offsets(BLOCK_R // 4, W)
+    o_lane = _rank_offsets(BLOCK_R, W)
     pointers = _lane_pointers(p_projected + i_direction * K, o_pixel, o_lane, 4 * K)
-    mask = m_token[None, :, :, None, None] & (o_lane < (R + W - 1) // W * W)
+    mask = tl.broadcast_to(o_lane < (R + W - 1) // W * W, pointers.shape)
     low_rank = tl.load(pointers, mask=mask, other=0.0)
     return tl.reshape(tl.permute(low_rank, (1, 2, 0, 3, 4)), (o_pixel.shape[0], o_pixel.shape[1], BLOCK_R))
 
 
 @triton.jit
 def as_operand(tile, WIDTH: tl.constexpr):
-    """Left operand (T Q, n) of a matrix product whose right one has the rows of :func:`operand_rows`; nothing moves.
+    """Left operand (T Q, n) of a matrix product, of low-rank step sizes; nothing moves.
 
     Of every 4 ``WIDTH`` columns a matrix instruction takes ``WIDTH`` from each lane.
     """
@@ -242,14 +222,15 @@ def step_weights(
     o_rank = tl.arange(0, WIDTH)[:, None, None, None, None] + tl.arange(0, S)[None, None, None, None, :] * WIDTH
     o_rank += tl.arange(0, 4)[None, :, None, None, None] * (BLOCK_R // 4)
     i_column = tl.arange(0, 8)[None, None, :, None, None]
-    o_channel = i_first + i_column // 2 * V + tl.arange(0, B)[None, None, None, :, None] * 2 + i_column % 2
+    i_block = tl.arange(0, B)[None, None, None, :, None]
+    o_channel = i_first + i_block // 2 * 16 + i_column // 2 * 4 + i_block % 2 * 2 + i_column % 2
     pointers = p_dt_weight + (i_direction * D + o_channel) * R + o_rank
     weight = tl.load(
         tl.max_contiguous(pointers, [WIDTH, 1, 1, 1, 1]), mask=(o_rank < R) & (o_channel < D), other=0.0
     ).to(tl.float32)
     weight = tl.reshape(tl.permute(weight, (4, 1, 0, 3, 2)), (BLOCK_R, C))
     o_column = tl.arange(0, C)
-    o_channel = i_first + o_column % 8 // 2 * V + o_column // 8 * 2 + o_column % 2
+    o_channel = i_first + o_column // 16 * 16 + o_column % 8 // 2 * 4 + o_column // 8 % 2 * 2 + o_column % 2
     bias = tl.load(p_dt_bias + i_direction * D + o_channel, mask=o_channel < D, other=0.0)
     return round_tf32(weight * LOG2_E, PRECISION), bias.to(tl.float32) * LOG2_E
 
@@ -274,8 +255,9 @@ def step_weights_back(
     S: tl.constexpr = V // WIDTH
     B: tl.constexpr = BLOCK_R // 8
     # Axes: lanes, columns of an instruction, instructions along rows and columns, in a lane's pair of rows.
-    o_channel = i_first + tl.arange(0, 4)[:, None, None, None, None] * V
-    o_channel += tl.arange(0, S)[None, None, :, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, None, None, :]
+    i_step = tl.arange(0, S)[None, None, :, None, None]
+    o_channel = i_first + i_step // (4 // WIDTH) * 16 + i_step % (4 // WIDTH) * WIDTH
+    o_channel += tl.arange(0, 4)[:, None, None, None, None] * 4 + tl.arange(0, WIDTH)[None, None, None, None, :]
     i_column = tl.arange(0, 8)[None, :, None, None, None]
     o_rank = i_column // 2 * (BLOCK_R // 4) + tl.arange(0, B)[None, None, None, :, None] * 2 + i_column % 2
     pointers = p_dt_weight + (i_direction * D + o_channel) * R + o_rank
@@ -291,7 +273,10 @@ def dlow_rank_of(draw, weight, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     T: tl.constexpr = draw.shape[0]
     Q: tl.constexpr = draw.shape[1]
     BLOCK_R: tl.constexpr = weight.shape[1]
-    dlow = tl.dot(as_operand(draw, WIDTH), weight, input_precision=PRECISION)
+    C: tl.constexpr = draw.shape[2]
+    # As in as_operand, but a lane owns 4 of every 16 columns.
+    draw = tl.permute(tl.reshape(draw, (T, Q, C // 16, 4, 4 // WIDTH, WIDTH)), (0, 1, 2, 4, 3, 5))
+    dlow = tl.dot(tl.reshape(draw, (T * Q, C)), weight, input_precision=PRECISION)
     dlow = tl.permute(tl.reshape(dlow, (T, Q, BLOCK_R // 8, 4, 2)), (0, 1, 3, 2, 4))
     return tl.reshape(dlow, (T, Q, BLOCK_R))
 
@@ -301,7 +286,7 @@ def store_low_rank(p_first, dlow, o_row, m_token, STRIDE: tl.constexpr, R: tl.co
     """Stores (T, Q, BLOCK_R), of which R are kept, to rows ``STRIDE`` apart."""
     BLOCK_R: tl.constexpr = dlow.shape[2]
     W: tl.constexpr = 4 if STRIDE % 4 == 0 and R % 4 == 0 else (2 if STRIDE % 2 == 0 and R % 2 == 0 else 1)
-    o_lane = _lane_offsets(BLOCK_R // 4, W)
+    o_lane = _rank_offsets(BLOCK_R, W)
     dlow = tl.reshape(dlow.to(p_first.dtype.element_ty), (dlow.shape[0], dlow.shape[1], 4, BLOCK_R // (4 * W), W))
     tl.store(
         _lane_pointers(p_first, o_row, o_lane, STRIDE),
@@ -332,7 +317,7 @@ def raw_steps(low_rank, m_token, weight, bias, WIDTH: tl.constexpr, PRECISION: t
     start = bias[None, :] + tl.where(tl.reshape(m_token, (T * Q,)), 0.0, _NO_STEP)[:, None]
     low_rank = round_tf32(as_operand(low_rank, WIDTH), PRECISION)
     raw = tl.dot(low_rank, weight, start, input_precision=PRECISION)
-    raw = tl.permute(tl.reshape(raw, (T, Q, C // 8, 4, 2)), (0, 1, 3, 2, 4))
+    raw = tl.permute(tl.reshape(raw, (T, Q, C // 16, 2, 4, 2)), (0, 1, 2, 4, 3, 5))
     return tl.reshape(raw, (T, Q, C))
 
 
