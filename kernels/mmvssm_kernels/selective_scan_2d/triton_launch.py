@@ -4,19 +4,14 @@ import torch
 import triton
 from torch import Tensor
 
-from .segments import TILE_TOKENS, count_segments, segment_tiles
+from . import segments
 from .triton_states import selective_scan_2d_carry_kernel, selective_scan_2d_states_kernel
-
-# Sequences of a tile: the groups of 4 lanes in a warp.
-_SEQUENCES = 8
-# Ranks up to which the backward pass has the registers for 8 channels in a lane.
-_MAX_RANK_OF_WIDE_BACKWARD = 16
-
-
-def lane_channels(rank: int, state: int, backward: bool) -> int:
-    """Channels of a lane: the more, the less work per token is repeated; the fewer, the fewer registers."""
-    narrow = state > 1 or (backward and rank > _MAX_RANK_OF_WIDE_BACKWARD)
-    return 4 if narrow else 8
+# Channels of a lane: the more, the less work per token is repeated; the fewer, the fewer registers.
+LANE_CHANNELS = 4
+MAXREG, MAXREG_BACK = None, None
+# A program takes so many segments one after the other as leave so many programs.
+MAX_LOOPS = 8
+ENOUGH_PROGRAMS = 132 * 32
 
 
 def pixel_uniform(x: Tensor) -> Tensor:
@@ -37,21 +32,6 @@ def pixel_stride(x: Tensor) -> int:
     return x.shape[1]
 
 
-# Products of 16-bit operands that keep their float32 result exist from torch 2.8 on.
-_WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
-
-
-def project(rows: Tensor, weight: Tensor) -> Tensor:
-    """``rows @ weight.T`` from operands in the dtype of ``rows``, kept in float32.
-
-    Rounding the projections to 16 bits would cost more accuracy than everything after them.
-    """
-    weight = weight.to(rows.dtype)
-    if rows.dtype != torch.float32 and rows.device.type == "cuda" and _WIDE_PRODUCTS:
-        return torch.mm(rows, weight.T, out_dtype=torch.float32)
-    return rows.float() @ weight.float().T
-
-
 # For float32; three TF32 products have the layout that the kernels are written for, too.
 _EXACT = "ieee" if torch.version.hip else "tf32x3"
 
@@ -70,33 +50,32 @@ class Launch:
         self.rank, self.state = dt_proj_weight.shape[2], A_log.shape[1]
         self.flat = x.permute(0, 2, 3, 1).reshape(-1, self.channels)
         # One matrix product makes the projections of all directions at every pixel: (B, L, 4 (R + 2N)).
-        self.projected = project(self.flat, x_proj_weight.flatten(0, 1))
+        self.projected = self.flat @ x_proj_weight.flatten(0, 1).to(x.dtype).T
         if self.state > 1:  # a single state's rate is made from its logarithm inside the kernels
             A_log = A_log.float().exp().view(4, self.channels, self.state).transpose(1, 2)
-        self.parameters = tuple(t.contiguous() for t in (dt_proj_weight, dt_proj_bias, A_log, D))
+        self.parameters = tuple(t.contiguous() for t in (dt_proj_weight.to(x.dtype), dt_proj_bias, A_log, D))
 
-        t, v = TILE_TOKENS, lane_channels(self.rank, self.state, backward)
+        v = LANE_CHANNELS
         self.blocks = triton.cdiv(self.channels, 4 * v)
-        self.segments = count_segments(self.height, self.width, self.state)
-        rows, columns = self.height * triton.cdiv(self.width, t), self.width * triton.cdiv(self.height, t)
-        # The only segment of a short sequence is no longer than it.
-        self.tiles = segment_tiles(self.state) if self.segments > 1 else max(rows, columns)
-        self.sequences = self.batch * self.segments
-        self.groups = triton.cdiv(self.sequences, _SEQUENCES)
+        self.segments = segments.count_segments(self.height, self.width)
+        sequences = self.batch * self.segments
+        loops = 1 if self.state > 1 else max(1, min(MAX_LOOPS, sequences * self.blocks // ENOUGH_PROGRAMS))
+        self.groups = triton.cdiv(sequences, loops)
         self.grid = (self.blocks * self.groups,)
-        self.sizes = (self.batch, self.height, self.width, self.tiles, self.segments)
+        self.sizes = (self.batch, self.height, self.width, self.segments, loops)
         # Programs of one launch may not meet in a pixel: with several segments, rows and columns are two launches.
-        self.pairs = ((0, 4),) if self.segments == 1 else ((0, 2), (2, 2))
+        self.paths = ((0, 2),) if self.segments == 1 else ((0, 1), (1, 1))
         self.constants = dict(
             D=self.channels,
             R=self.rank,
             N=self.state,
-            T=t,
-            Q=_SEQUENCES,
+            T=segments.LANE_TOKENS,
+            Q=segments.GROUPS,
             V=v,
-            BLOCK_R=max(16, triton.next_power_of_2(self.rank + 1)),
+            BLOCK_R=max(16, triton.next_power_of_2(self.rank + backward)),
             PRECISE=x.dtype == torch.float32,
             PRECISION=_precision(x.dtype),
+            maxnreg=MAXREG_BACK if backward else MAXREG,
             num_warps=1,
             num_stages=1,
         )
@@ -112,7 +91,7 @@ class Launch:
             return entering
         states = torch.empty_like(entering)
         steps = rows.new_empty(self.batch, 4, self.segments, self.channels, dtype=torch.float32)
-        selective_scan_2d_states_kernel[(4 * self.grid[0],)](
+        selective_scan_2d_states_kernel[(2 * self.grid[0],)](
             rows,
             self.projected,
             *self.parameters[:3],

@@ -49,38 +49,27 @@ def softplus_log2(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def direction_geometry(is_column, height, width, T: tl.constexpr):
-    """Number of rows (columns), tokens in one, tiles in one, and the pixel strides between both kinds."""
-    n_outer = tl.where(is_column, width, height)
-    n_inner = tl.where(is_column, height, width)
-    stride_outer = tl.where(is_column, 1, width)
-    stride_inner = tl.where(is_column, width, 1)
-    return n_outer, n_inner, (n_inner + T - 1) // T, stride_outer, stride_inner
+def segment_tokens(i_sequence, n_segments, is_column, height, width, T: tl.constexpr, Q: tl.constexpr):
+    """Pixels and mask (T, Q) of the tokens of a segment: T consecutive ones in each of Q groups of lanes.
 
-
-@triton.jit
-def next_tile(i_outer, i_inner, n_tiles_inner, step):
-    """The tile after (``step`` = 1) or before (-1) tile ``i_inner`` of row ``i_outer``; the same one for 0."""
-    i_inner += step
-    wrapped = (i_inner == n_tiles_inner) | (i_inner < 0)
-    i_outer += tl.where(wrapped, step, 0)
-    return i_outer, tl.where(wrapped, tl.where(step > 0, 0, n_tiles_inner - 1), i_inner)
-
-
-@triton.jit
-def tile_tokens(
-    o_first, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T: tl.constexpr
-):
-    """Pixels and mask (T, Q) of the tokens of a tile; ``o_first`` (Q) is the first pixel of a sequence's image.
-
-    A masked token has some pixel of its image and makes no step, so that most loads need no mask.
+    ``i_sequence`` counts segments of all images. A masked token has some pixel of its image.
     """
+    length = height * width
+    i_image = i_sequence // n_segments
+    # A map of one row has the same order along its columns.
+    is_turned = is_column & (height > 1)
+    n_inner = tl.where(is_turned, height, length)
+    stride_inner = tl.where(is_turned, width, 1)
+    i_first = (i_sequence - i_image * n_segments) * (T * Q) + tl.arange(0, Q) * T
     i_token = tl.arange(0, T)[:, None]
-    i_column = (i_inner * T + tl.where(is_reverse, T - 1, 0))[None, :] + tl.where(is_reverse, -i_token, i_token)
-    i_row = tl.minimum(tl.maximum(i_outer, 0), n_outer - 1)
-    o_pixel = (o_first + i_row * stride_outer)[None, :] + tl.minimum(i_column, n_inner - 1) * stride_inner
-    m_token = (i_column < n_inner) & (m_sequence & (i_outer == i_row))[None, :]
-    return o_pixel, m_token
+    m_token = i_first[None, :] + i_token < length
+    i_outer = i_first // n_inner
+    i_inner = (i_first - i_outer * n_inner)[None, :] + i_token
+    # Divided by multiplication: exact, because the numbers are small, and in few instructions.
+    inverse = tl.full((), 0xFFFFFFFF, tl.uint32) // n_inner.to(tl.uint32) + 1
+    wraps = tl.umulhi(i_inner.to(tl.uint32), tl.zeros((T, Q), tl.uint32) + inverse).to(tl.int32)
+    o_pixel = (i_inner - wraps * n_inner) * stride_inner + (i_outer[None, :] + wraps)
+    return i_image * length + tl.where(m_token, o_pixel, 0), m_token
 
 
 @triton.jit
@@ -123,36 +112,22 @@ def store_tile(p_map, tile, o_row, m_row, i_first, STRIDE: tl.constexpr, D: tl.c
 
 
 @triton.jit
-def load_rows(p_rows, o_row, m_row, i_first, STRIDE: tl.constexpr, D: tl.constexpr, V: tl.constexpr):
-    """One row per sequence, (Q, C)."""
-    tile = load_tile(p_rows, o_row[None, :], m_row[None, :], i_first, STRIDE, D, V)
-    return tl.reshape(tile, (o_row.shape[0], 4 * V))
+def _same_row(i_row, Q: tl.constexpr):
+    return tl.zeros((1, Q), tl.int32) + i_row
 
 
 @triton.jit
-def store_rows(p_rows, rows, o_row, m_row, i_first, STRIDE: tl.constexpr, D: tl.constexpr, V: tl.constexpr):
-    """The counterpart of :func:`load_rows`."""
-    store_tile(p_rows, rows[None, :, :], o_row[None, :], m_row[None, :], i_first, STRIDE, D, V)
+def load_rows(p_rows, i_row, i_first, D: tl.constexpr, Q: tl.constexpr, V: tl.constexpr):
+    """Channels ``i_first`` on of one row of D, for every group, (Q, C)."""
+    tile = load_tile(p_rows, _same_row(i_row, Q), tl.full((1, Q), True, tl.int1), i_first, D, D, V)
+    return tl.reshape(tile, (Q, 4 * V))
 
 
 @triton.jit
-def _state_rows(o_first, m_first, N: tl.constexpr):
-    i_state = tl.arange(0, triton.next_power_of_2(N))
-    return o_first[None, :] + i_state[:, None], m_first[None, :] & (i_state < N)[:, None]
-
-
-@triton.jit
-def load_states(p_rows, o_first, m_first, i_first, D: tl.constexpr, N: tl.constexpr, V: tl.constexpr):
-    """N rows from ``o_first`` (Q) on for each sequence, (N, Q, C), padded to a power of two."""
-    o_row, m_row = _state_rows(o_first, m_first, N)
-    return load_tile(p_rows, o_row, m_row, i_first, D, D, V)
-
-
-@triton.jit
-def store_states(p_rows, states, o_first, m_first, i_first, D: tl.constexpr, N: tl.constexpr, V: tl.constexpr):
-    """The counterpart of :func:`load_states`."""
-    o_row, m_row = _state_rows(o_first, m_first, N)
-    store_tile(p_rows, states, o_row, m_row, i_first, D, D, V)
+def store_row(p_rows, rows, m_group, i_row, i_first, D: tl.constexpr, V: tl.constexpr):
+    """Stores what the one group of ``m_group`` (Q) has in ``rows`` (Q, C)."""
+    Q: tl.constexpr = rows.shape[0]
+    store_tile(p_rows, rows[None, :, :], _same_row(i_row, Q), m_group[None, :], i_first, D, D, V)
 
 
 @triton.jit
@@ -191,11 +166,14 @@ def as_operand(tile, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def round_tf32(x, PRECISION: tl.constexpr):
-    """To the nearest TF32 number, where a product would just cut off the other bits."""
-    if PRECISION == "tf32":
+def as_factor(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """A factor of a matrix product in the dtype of its other one.
+
+    To the nearest TF32 number, where a product would just cut off the other bits.
+    """
+    if DTYPE == tl.float32 and PRECISION == "tf32":
         x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return x
+    return x.to(DTYPE)
 
 
 @triton.jit
@@ -232,7 +210,7 @@ def step_weights(
     o_column = tl.arange(0, C)
     o_channel = i_first + o_column // 16 * 16 + o_column % 8 // 2 * 4 + o_column // 8 % 2 * 2 + o_column % 2
     bias = tl.load(p_dt_bias + i_direction * D + o_channel, mask=o_channel < D, other=0.0)
-    return round_tf32(weight * LOG2_E, PRECISION), bias.to(tl.float32) * LOG2_E
+    return as_factor(weight * LOG2_E, p_dt_weight.dtype.element_ty, PRECISION), bias.to(tl.float32) * LOG2_E
 
 
 @triton.jit
@@ -261,10 +239,9 @@ def step_weights_back(
     i_column = tl.arange(0, 8)[None, :, None, None, None]
     o_rank = i_column // 2 * (BLOCK_R // 4) + tl.arange(0, B)[None, None, None, :, None] * 2 + i_column % 2
     pointers = p_dt_weight + (i_direction * D + o_channel) * R + o_rank
-    weight = tl.load(tl.max_contiguous(pointers, [1, 1, 1, 1, 1]), mask=(o_rank < R) & (o_channel < D), other=0.0).to(
-        tl.float32
-    )
-    return round_tf32(tl.reshape(tl.permute(weight, (2, 0, 4, 3, 1)), (C, BLOCK_R)), PRECISION)
+    weight = tl.load(tl.max_contiguous(pointers, [1, 1, 1, 1, 1]), mask=(o_rank < R) & (o_channel < D), other=0.0)
+    weight = tl.reshape(tl.permute(weight, (2, 0, 4, 3, 1)), (C, BLOCK_R))
+    return as_factor(weight, p_dt_weight.dtype.element_ty, PRECISION)
 
 
 @triton.jit
@@ -296,27 +273,25 @@ def store_low_rank(p_first, dlow, o_row, m_token, STRIDE: tl.constexpr, R: tl.co
 
 
 @triton.jit
-def load_rate(p_rate, m_sequence, i_first, i_direction, n, D: tl.constexpr, N: tl.constexpr, V: tl.constexpr):
-    """Rates (Q, C) of state n, the same for every sequence: a decay is exp2(-v rate).
+def load_rate(p_rate, i_first, i_direction, n, D: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, V: tl.constexpr):
+    """Rates (Q, C) of state n, the same for every group: a decay is exp2(-v rate).
 
     p_rate is (4, N, D) or, if there is one state, its logarithm, the parameter itself.
     """
-    o_row = tl.zeros(m_sequence.shape, tl.int32) + (i_direction * N + n)
-    rate = load_rows(p_rate, o_row, m_sequence, i_first, D, D, V).to(tl.float32)
+    rate = load_rows(p_rate, i_direction * N + n, i_first, D, Q, V).to(tl.float32)
     if N == 1:
         rate = tl.exp2(rate * LOG2_E)
     return rate
 
 
 @triton.jit
-def raw_steps(low_rank, m_token, weight, bias, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """Step sizes before softplus, times log2(e), (T, Q, C). Masked tokens make no step."""
+def raw_steps(low_rank, weight, bias, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """Step sizes before softplus, times log2(e), (T, Q, C)."""
     T: tl.constexpr = low_rank.shape[0]
     Q: tl.constexpr = low_rank.shape[1]
     C: tl.constexpr = weight.shape[1]
-    start = bias[None, :] + tl.where(tl.reshape(m_token, (T * Q,)), 0.0, _NO_STEP)[:, None]
-    low_rank = round_tf32(as_operand(low_rank, WIDTH), PRECISION)
-    raw = tl.dot(low_rank, weight, start, input_precision=PRECISION)
+    low_rank = as_factor(as_operand(low_rank, WIDTH), weight.dtype, PRECISION)
+    raw = tl.dot(low_rank, weight, tl.broadcast_to(bias[None, :], (T * Q, C)), input_precision=PRECISION)
     raw = tl.permute(tl.reshape(raw, (T, Q, C // 16, 2, 4, 2)), (0, 1, 2, 4, 3, 5))
     return tl.reshape(raw, (T, Q, C))
 
@@ -348,37 +323,86 @@ def set_row(tile, token, TOKEN: tl.constexpr):
 
 
 @triton.jit
-def scan_states(decay, value, state):
-    """States (T, Q, C) of a tile, and the last one (Q, C), from the state that enters it."""
-    states = value
-    for t in tl.static_range(decay.shape[0]):
-        state = row(decay, t) * state + row(value, t)
-        states = set_row(states, state, t)
-    return states, state
+def end_state(decay, value, REVERSE: tl.constexpr):
+    """State (Q, C) after the tokens of a lane, from a zero state."""
+    T: tl.constexpr = decay.shape[0]
+    state = row(value, T - 1 if REVERSE else 0)
+    for i in tl.static_range(1, T):
+        state = row(decay, T - 1 - i if REVERSE else i) * state + row(value, T - 1 - i if REVERSE else i)
+    return state
 
 
 @triton.jit
-def scan_states_and_inflow(decay, value, state):
+def end_flow(decay, value, REVERSE: tl.constexpr):
+    """Adjoint flow (Q, C) that leaves the tokens of a lane if none enters: ``decay[t] (value[t] + flow)``."""
+    T: tl.constexpr = decay.shape[0]
+    flow = row(decay, 0 if REVERSE else T - 1) * row(value, 0 if REVERSE else T - 1)
+    for i in tl.static_range(1, T):
+        flow = row(decay, i if REVERSE else T - 1 - i) * (row(value, i if REVERSE else T - 1 - i) + flow)
+    return flow
+
+
+@triton.jit
+def _of_partner(rows, LEVEL: tl.constexpr):
+    """What the group that differs in bit ``LEVEL`` has in ``rows`` (Q, C): one shuffle, in whatever layout.
+
+    The sum without carry of both, less the own one; the compiler sees that nothing has to be added.
+    """
+    Q: tl.constexpr = rows.shape[0]
+    C: tl.constexpr = rows.shape[1]
+    bits = tl.reshape(rows.to(tl.int32, bitcast=True), (Q // 2 ** (LEVEL + 1), 2, 2**LEVEL, C))
+    bits = tl.xor_sum(bits, axis=1, keep_dims=True) ^ bits
+    return tl.reshape(bits, (Q, C)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scan_groups(decay, state, REVERSE: tl.constexpr):
+    """From the decay and own end state (Q, C) of each group: both of all groups, and of all before each.
+
+    "Before" is in the order of the scan; the last group is the first one in a ``REVERSE`` scan.
+    """
+    Q: tl.constexpr = state.shape[0]
+    i_group = tl.arange(0, Q)[:, None]
+    i_order = Q - 1 - i_group if REVERSE else i_group
+    decay_before, state_before = tl.full(state.shape, 1.0, tl.float32), tl.zeros(state.shape, tl.float32)
+    for level in tl.static_range(3):
+        is_late = (i_order & 2**level) != 0
+        decay_partner, state_partner = _of_partner(decay, level), _of_partner(state, level)
+        state_before = tl.where(is_late, decay_before * state_partner + state_before, state_before)
+        decay_before = tl.where(is_late, decay_before * decay_partner, decay_before)
+        early = tl.where(is_late, state_partner, state)
+        state = tl.where(is_late, decay, decay_partner) * early + tl.where(is_late, state, state_partner)
+        decay *= decay_partner
+    return state, decay_before, state_before
+
+
+@triton.jit
+def enter_groups(decay, state, entering, REVERSE: tl.constexpr):
+    """States (Q, C) that enter the groups, from what enters the first."""
+    _, decay_before, state_before = scan_groups(decay, state, REVERSE)
+    return decay_before * entering + state_before
+
+
+@triton.jit
+def scan_states(decay, value, state, REVERSE: tl.constexpr):
     """States (T, Q, C) and the part ``decay[t] state[t - 1]`` of each, without cancellation."""
+    T: tl.constexpr = decay.shape[0]
     states, inflows = value, value
-    for t in tl.static_range(decay.shape[0]):
-        inflow = row(decay, t) * state
-        state = inflow + row(value, t)
-        inflows = set_row(inflows, inflow, t)
-        states = set_row(states, state, t)
+    for i in tl.static_range(T):
+        inflow = row(decay, T - 1 - i if REVERSE else i) * state
+        state = inflow + row(value, T - 1 - i if REVERSE else i)
+        inflows = set_row(inflows, inflow, T - 1 - i if REVERSE else i)
+        states = set_row(states, state, T - 1 - i if REVERSE else i)
     return states, inflows
 
 
 @triton.jit
-def scan_adjoint(decay, value, flow):
-    """Gradients ``G[t] = value[t] + decay[t + 1] G[t + 1]`` (T, Q, C) of the states, and ``decay[0] G[0]`` (Q, C).
-
-    ``flow`` (Q, C) enters at the last token.
-    """
+def scan_adjoint(decay, value, flow, REVERSE: tl.constexpr):
+    """Gradients ``G[t] = value[t] + decay[t + 1] G[t + 1]`` (T, Q, C) of the states; ``flow`` (Q, C) enters."""
     grads = value
     T: tl.constexpr = decay.shape[0]
     for i in tl.static_range(T):
-        grad = row(value, T - 1 - i) + flow
-        flow = row(decay, T - 1 - i) * grad
-        grads = set_row(grads, grad, T - 1 - i)
-    return grads, flow
+        grad = row(value, i if REVERSE else T - 1 - i) + flow
+        flow = row(decay, i if REVERSE else T - 1 - i) * grad
+        grads = set_row(grads, grad, i if REVERSE else T - 1 - i)
+    return grads
