@@ -2,7 +2,7 @@
 
 # Tokens in a lane and groups of lanes of a warp, which has one segment of a sequence at a time. More tokens in a lane
 # share the cost of what goes from group to group, and need registers.
-LANE_TOKENS = 8
+LANE_TOKENS = 4
 GROUPS = 8
 
 

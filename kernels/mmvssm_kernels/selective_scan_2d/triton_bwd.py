@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import Launch, pixel_stride, pixel_uniform
+from .triton_launch import Launch, in_pairs, pixel_stride, pixel_uniform
 from .triton_tile import (
     LN_2,
     as_factor,
@@ -64,6 +64,7 @@ def selective_scan_2d_bwd_kernel(
     D: tl.constexpr,
     R: tl.constexpr,
     N: tl.constexpr,
+    K: tl.constexpr,
     T: tl.constexpr,
     Q: tl.constexpr,
     V: tl.constexpr,
@@ -77,7 +78,7 @@ def selective_scan_2d_bwd_kernel(
     (channel blocks, batch, H, W, 4, R + 2N); p_dparameters (programs, 4, R + 2 + N, D) has rows of the weights and the
     bias of step sizes, of D and of A_log.
     """
-    K: tl.constexpr = R + 2 * N
+    M: tl.constexpr = R + 2 * N
     C: tl.constexpr = 4 * V
     N_BLOCKS: tl.constexpr = (D + C - 1) // C
     OPERAND: tl.constexpr = p_dt_weight.dtype.element_ty
@@ -90,39 +91,31 @@ def selective_scan_2d_bwd_kernel(
     i_first = i_group * n_loops
     i_end = tl.minimum(i_first + n_loops, batch * n_segments)
     o_rank = tl.arange(0, BLOCK_R)
-    m_rank = (o_rank <= R)[:, None] & m_channel[None, :]
-    p_dprojected += tl.cast(i_block, tl.int64) * batch * height * width * (4 * K)
+    m_rank = (o_rank < R)[:, None] & m_channel[None, :]
+    p_dprojected += tl.cast(i_block, tl.int64) * batch * height * width * (4 * M)
     p_dparameters += tl.cast(i_group, tl.int64) * (4 * (R + 2 + N) * D)
     for path in range(first, first + count):
-        weight_0, bias_0 = step_weights(p_dt_weight, p_dt_bias, i_channel, path, D, R, BLOCK_R, V, PRECISION)
-        weight_1, bias_1 = step_weights(p_dt_weight, p_dt_bias, i_channel, path + 2, D, R, BLOCK_R, V, PRECISION)
         skip = load_rows(p_skip, path, i_channel, D, 1, V) + load_rows(p_skip, path + 2, i_channel, D, 1, V)
-        p_parameters = p_dparameters + path * ((R + 2 + N) * D) + o_channel
-        dweight_0 = tl.zeros((BLOCK_R, C), tl.float32)
-        dweight_1 = tl.zeros((BLOCK_R, C), tl.float32)
-        drate_0 = tl.zeros((Q, C), tl.float32)
-        drate_1 = tl.zeros((Q, C), tl.float32)
         dskip = tl.zeros((Q, C), tl.float32)
         tl.debug_barrier()  # the sum along rows may be read by other threads of this program than wrote it
-        for i_sequence in range(i_first, i_end):
-            o_pixel, m_token = segment_tokens(i_sequence, n_segments, path == 1, height, width, T, Q)
-            u = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
-            dy = load_tile(p_dy, o_pixel, m_token, i_channel, stride_dy_pixel, D, V).to(tl.float32)
-            dx = load_tile(p_sum, o_pixel, m_token & (path == 1), i_channel, D, D, V)
-            dx += skip.to(tl.float32)[None, :, :] * dy
-            dskip += tl.sum(u * dy, axis=0)
-            for d in tl.static_range(2):
-                i_direction = path + 2 * d
-                low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
-                weight_back = step_weights_back(p_dt_weight, i_channel, i_direction, D, R, BLOCK_R, V, WIDTH, PRECISION)
-                if d == 0:
-                    raw = raw_steps(low_rank, weight_0, bias_0, WIDTH, PRECISION)
-                else:
-                    raw = raw_steps(low_rank, weight_1, bias_1, WIDTH, PRECISION)
+        for d in tl.static_range(2):
+            i_direction, i_slot = path + 2 * d, 2 * path + d
+            weight, bias = step_weights(p_dt_weight, p_dt_bias, i_channel, i_direction, D, R, BLOCK_R, V, PRECISION)
+            weight_back = step_weights_back(p_dt_weight, i_channel, i_direction, D, R, BLOCK_R, V, WIDTH, PRECISION)
+            dweight = tl.zeros((BLOCK_R, C), tl.float32)
+            dbias = tl.zeros((Q, C), tl.float32)
+            drate = tl.zeros((Q, C), tl.float32)
+            p_parameter = p_dparameters + i_direction * ((R + 2 + N) * D) + o_channel
+            for i_sequence in range(i_first, i_end):
+                o_pixel, m_token = segment_tokens(i_sequence, n_segments, path == 1, height, width, T, Q)
+                u = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
+                dy = load_tile(p_dy, o_pixel, m_token, i_channel, stride_dy_pixel, D, V).to(tl.float32)
+                low_rank = load_low_rank(p_projected, o_pixel, i_slot, K, R, BLOCK_R)
+                raw = raw_steps(low_rank, weight, bias, WIDTH, PRECISION)
                 v = softplus_log2(raw, PRECISE)
                 steps = tl.sum(v, axis=0)
-                p_token = p_projected + i_direction * K + R + o_pixel.to(tl.int64) * (4 * K)
-                p_dtoken = p_dprojected + i_direction * K + R + o_pixel.to(tl.int64) * (4 * K)
+                p_token = p_projected + i_slot * K + R + o_pixel.to(tl.int64) * (4 * K)
+                p_dtoken = p_dprojected + i_slot * M + R + o_pixel.to(tl.int64) * (4 * M)
                 i_summary = (i_sequence // n_segments * 4 + i_direction) * n_segments + i_sequence % n_segments
                 dinput = tl.zeros((T, Q, C), tl.float32)
                 ddecay = tl.zeros((T, Q, C), tl.float32)
@@ -148,43 +141,53 @@ def selective_scan_2d_bwd_kernel(
                     dinput += grad * b_B[:, :, None]
                     inflow *= grad
                     ddecay += inflow * rate[None, :, :]
-                    drate = tl.sum(inflow * v, axis=0)
-                    if N > 1:  # one segment per program
-                        drate = tl.sum(drate * rate, axis=0) * -LN_2
-                        tl.store(p_parameters + (2 * d * (R + 2 + N) + R + 2 + n) * D, drate, mask=m_channel)
-                    elif d == 0:
-                        drate_0 += drate
-                    else:
-                        drate_1 += drate
+                    drate_now = tl.sum(inflow * v, axis=0)
+                    if N == 1:
+                        drate += drate_now
+                    else:  # one segment per program
+                        sums = tl.sum(drate_now * rate, axis=0) * -LN_2
+                        tl.store(p_parameter + (R + 2 + n) * D, sums, mask=m_channel)
                     tl.store(p_dtoken + n, dB, mask=m_token)
                     tl.store(p_dtoken + N + n, dC, mask=m_token)
+                dx = load_tile(p_sum, o_pixel, m_token & (path + d > 0), i_channel, D, D, V)
                 dx += (v * LN_2) * dinput
-                # The derivative of softplus is its input over its output, both as exponents: nothing cancels.
-                draw = as_factor((u * dinput - ddecay) * tl.exp2(raw - v), OPERAND, PRECISION)
-                dlow_rank = dlow_rank_of(draw, weight_back, WIDTH, PRECISION)
-                store_low_rank(p_dprojected + i_direction * K, dlow_rank, o_pixel, m_token, 4 * K, R)
-                # A column of ones beside the low-rank steps makes the gradient of the bias.
-                low_rank = tl.where((o_rank == R)[None, None, :], 1.0, low_rank)
-                low_rank = tl.trans(as_factor(tl.reshape(low_rank, (T * Q, BLOCK_R)), OPERAND, PRECISION))
-                draw = tl.reshape(draw, (T * Q, C))
                 if d == 0:
-                    dweight_0 = tl.dot(low_rank, draw, dweight_0, input_precision=PRECISION)
+                    dskip += tl.sum(u * dy, axis=0)
+                    dx += skip.to(tl.float32)[None, :, :] * dy
+                if path + d == 2:
+                    store_tile(p_dx, dx, o_pixel, m_token, i_channel, D, D, V)
                 else:
-                    dweight_1 = tl.dot(low_rank, draw, dweight_1, input_precision=PRECISION)
-            if path == 1:
-                store_tile(p_dx, dx, o_pixel, m_token, i_channel, D, D, V)
-            else:
-                store_tile(p_sum, dx, o_pixel, m_token, i_channel, D, D, V)
-        for d in tl.static_range(2):
-            p_parameter = p_parameters + 2 * d * ((R + 2 + N) * D)
-            dweight = dweight_0 if d == 0 else dweight_1
+                    store_tile(p_sum, dx, o_pixel, m_token, i_channel, D, D, V)
+                # The derivative of softplus is its input over its output, both as exponents: nothing cancels.
+                draw = (u * dinput - ddecay) * tl.exp2(raw - v)
+                dbias += tl.sum(draw, axis=0)
+                draw = as_factor(draw, OPERAND, PRECISION)
+                dlow_rank = dlow_rank_of(draw, weight_back, WIDTH, PRECISION)
+                store_low_rank(p_dprojected + i_slot * M, dlow_rank, o_pixel, m_token, 4 * M, R)
+                # Read again, from the cache, as keeping them would take registers.
+                low_rank = load_low_rank(p_projected, o_pixel, i_slot, K, R, BLOCK_R)
+                low_rank = tl.trans(as_factor(tl.reshape(low_rank, (T * Q, BLOCK_R)), OPERAND, PRECISION))
+                dweight = tl.dot(low_rank, tl.reshape(draw, (T * Q, C)), dweight, input_precision=PRECISION)
             tl.store(p_parameter[None, :] + o_rank[:, None] * D, dweight, mask=m_rank)
-            # Every direction sees the same tokens, so the gradient of its skip is the same, too.
-            tl.store(p_parameter + (R + 1) * D, tl.sum(dskip, axis=0), mask=m_channel)
+            tl.store(p_parameter + R * D, tl.sum(dbias, axis=0), mask=m_channel)
             if N == 1:
-                rate = load_rate(p_rate, i_channel, path + 2 * d, 0, D, N, Q, V)
-                drate = tl.sum((drate_0 if d == 0 else drate_1) * rate, axis=0) * -LN_2
-                tl.store(p_parameter + (R + 2) * D, drate, mask=m_channel)
+                rate = load_rate(p_rate, i_channel, i_direction, 0, D, N, Q, V)
+                tl.store(p_parameter + (R + 2) * D, tl.sum(drate * rate, axis=0) * -LN_2, mask=m_channel)
+        # Every direction sees the same tokens, so the gradient of its skip is the same, too.
+        for d in tl.static_range(2):
+            p_dskip = p_dparameters + ((path + 2 * d) * (R + 2 + N) + R + 1) * D
+            tl.store(p_dskip + o_channel, tl.sum(dskip, axis=0), mask=m_channel)
+
+
+@triton.jit(do_not_specialize=["n_elements"])
+def selective_scan_2d_join_kernel(p_partial, p_sum, n_elements, N_BLOCKS: tl.constexpr, C: tl.constexpr):
+    """Sum of (N_BLOCKS, n_elements) over the first axis."""
+    o_element = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
+    m_element = o_element < n_elements
+    total = tl.zeros((C,), tl.float32)
+    for i in range(N_BLOCKS):
+        total += tl.load(p_partial + i * n_elements.to(tl.int64) + o_element, mask=m_element, other=0.0)
+    tl.store(p_sum + o_element, total, mask=m_element)
 
 
 @triton.jit(do_not_specialize=["n_groups"])
@@ -239,7 +242,7 @@ def selective_scan_2d_backward(
 
     dx = buffer(batch, launch.height, launch.width, channels, dtype=x.dtype)
     total = dx if x.dtype == torch.float32 else torch.empty_like(dx, dtype=torch.float32)
-    dprojected = buffer(launch.blocks, *launch.projected.shape, dtype=x.dtype)
+    dprojected = buffer(launch.blocks, len(launch.flat), 4 * (rank + 2 * state), dtype=x.dtype)
     dparameters = buffer(launch.groups, 4, rank + 2 + state, channels)
     tensors = (launch.x, dy, launch.projected, *launch.parameters, entering, flows)
     outputs = (total, dx, dprojected, dparameters)
@@ -254,9 +257,13 @@ def selective_scan_2d_backward(
             pixel_stride(dy),
             **launch.constants,
         )
-    dprojected = dprojected[0] if launch.blocks == 1 else dprojected.sum(0)
-    dx.flatten(0, 2).addmm_(dprojected, x_proj_weight.flatten(0, 1).to(x.dtype))
-    dx_weight = (dprojected.T @ launch.flat).view(x_proj_weight.shape)
+    partial, dprojected = dprojected, dprojected[0]
+    if launch.blocks > 1:
+        dprojected = torch.empty_like(dprojected)
+        grid, n = (triton.cdiv(dprojected.numel(), 2048),), dprojected.numel()
+        selective_scan_2d_join_kernel[grid](partial, dprojected, n, launch.blocks, C=2048, num_warps=8)
+    dx.flatten(0, 2).addmm_(dprojected, launch.x_proj.flatten(0, 1))
+    dx_weight = in_pairs((dprojected.T @ launch.flat).view(x_proj_weight.shape))
     parameters = (dt_proj_weight, dt_proj_bias, A_log, D)
     gradients = tuple(torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters)
     grid = (4 * (rank + 2 + state), triton.cdiv(channels, 32))

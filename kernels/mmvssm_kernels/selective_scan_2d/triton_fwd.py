@@ -51,6 +51,7 @@ def selective_scan_2d_fwd_kernel(
     D: tl.constexpr,
     R: tl.constexpr,
     N: tl.constexpr,
+    K: tl.constexpr,
     T: tl.constexpr,
     Q: tl.constexpr,
     V: tl.constexpr,
@@ -62,7 +63,6 @@ def selective_scan_2d_fwd_kernel(
 
     p_sum (batch, H, W, D), float32, takes the sum along rows, p_y that of all.
     """
-    K: tl.constexpr = R + 2 * N
     C: tl.constexpr = 4 * V
     N_BLOCKS: tl.constexpr = (D + C - 1) // C
     WIDTH: tl.constexpr = 2 if p_dt_weight.dtype.element_ty.primitive_bitwidth == 16 else 1
@@ -79,15 +79,15 @@ def selective_scan_2d_fwd_kernel(
             y = load_tile(p_sum, o_pixel, m_token & (path == 1), i_channel, D, D, V)
             y += skip.to(tl.float32)[None, :, :] * x
             for d in tl.static_range(2):
-                i_direction = path + 2 * d
-                low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
+                i_direction, i_slot = path + 2 * d, 2 * path + d
+                low_rank = load_low_rank(p_projected, o_pixel, i_slot, K, R, BLOCK_R)
                 if d == 0:
                     raw = raw_steps(low_rank, weight_0, bias_0, WIDTH, PRECISION)
                 else:
                     raw = raw_steps(low_rank, weight_1, bias_1, WIDTH, PRECISION)
                 v = softplus_log2(raw, PRECISE)
                 steps = tl.sum(v, axis=0)
-                p_token = p_projected + i_direction * K + R + o_pixel.to(tl.int64) * (4 * K)
+                p_token = p_projected + i_slot * K + R + o_pixel.to(tl.int64) * (4 * K)
                 i_summary = (i_sequence // n_segments * 4 + i_direction) * n_segments + i_sequence % n_segments
                 for n in range(N):
                     rate = load_rate(p_rate, i_channel, i_direction, n, D, N, Q, V)

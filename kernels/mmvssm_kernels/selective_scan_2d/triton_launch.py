@@ -7,10 +7,10 @@ from torch import Tensor
 from . import segments
 from .triton_states import selective_scan_2d_carry_kernel, selective_scan_2d_states_kernel
 # Channels of a lane: the more, the less work per token is repeated; the fewer, the fewer registers.
-LANE_CHANNELS = 4
-MAXREG, MAXREG_BACK = None, None
+LANE_CHANNELS, LANE_CHANNELS_BACK = 4, 4
+MAXREG, MAXREG_BACK = 168, 168
 # A program takes so many segments one after the other as leave so many programs.
-MAX_LOOPS = 8
+MAX_LOOPS = 4
 ENOUGH_PROGRAMS = 132 * 32
 
 
@@ -32,6 +32,11 @@ def pixel_stride(x: Tensor) -> int:
     return x.shape[1]
 
 
+def in_pairs(directions: Tensor) -> Tensor:
+    """(4, ...) with the directions of a path side by side, 0, 2, 1, 3, as kernels read them; or put back from there."""
+    return directions.unflatten(0, (2, 2)).transpose(0, 1).flatten(0, 1)
+
+
 # For float32; three TF32 products have the layout that the kernels are written for, too.
 _EXACT = "ieee" if torch.version.hip else "tf32x3"
 
@@ -49,13 +54,18 @@ class Launch:
         self.batch, self.channels, self.height, self.width = x.shape
         self.rank, self.state = dt_proj_weight.shape[2], A_log.shape[1]
         self.flat = x.permute(0, 2, 3, 1).reshape(-1, self.channels)
-        # One matrix product makes the projections of all directions at every pixel: (B, L, 4 (R + 2N)).
-        self.projected = self.flat @ x_proj_weight.flatten(0, 1).to(x.dtype).T
+        # One matrix product makes the projections of all directions at every pixel: (B, L, 4, R + 2N), padded so that
+        # every direction's can be read in vectors.
+        width = self.rank + 2 * self.state
+        padded = triton.cdiv(width, 8) * 8
+        self.x_proj = in_pairs(x_proj_weight.to(x.dtype))
+        weight = torch.nn.functional.pad(self.x_proj, (0, 0, 0, padded - width)) if padded > width else self.x_proj
+        self.projected = self.flat @ weight.flatten(0, 1).T
         if self.state > 1:  # a single state's rate is made from its logarithm inside the kernels
             A_log = A_log.float().exp().view(4, self.channels, self.state).transpose(1, 2)
         self.parameters = tuple(t.contiguous() for t in (dt_proj_weight.to(x.dtype), dt_proj_bias, A_log, D))
 
-        v = LANE_CHANNELS
+        v = LANE_CHANNELS_BACK if backward else LANE_CHANNELS
         self.blocks = triton.cdiv(self.channels, 4 * v)
         self.segments = segments.count_segments(self.height, self.width)
         sequences = self.batch * self.segments
@@ -69,10 +79,11 @@ class Launch:
             D=self.channels,
             R=self.rank,
             N=self.state,
+            K=padded,
             T=segments.LANE_TOKENS,
             Q=segments.GROUPS,
             V=v,
-            BLOCK_R=max(16, triton.next_power_of_2(self.rank + backward)),
+            BLOCK_R=max(16, triton.next_power_of_2(self.rank)),
             PRECISE=x.dtype == torch.float32,
             PRECISION=_precision(x.dtype),
             maxnreg=MAXREG_BACK if backward else MAXREG,

@@ -46,6 +46,7 @@ def selective_scan_2d_states_kernel(
     D: tl.constexpr,
     R: tl.constexpr,
     N: tl.constexpr,
+    K: tl.constexpr,
     ADJOINT: tl.constexpr,
     T: tl.constexpr,
     Q: tl.constexpr,
@@ -58,7 +59,6 @@ def selective_scan_2d_states_kernel(
 
     ``p_rows`` is x, or for ``ADJOINT`` the gradient of y; the adjoint flow obeys F[t-1] = a[t] (F[t] + C[t] dy[t]).
     """
-    K: tl.constexpr = R + 2 * N
     C: tl.constexpr = 4 * V
     N_BLOCKS: tl.constexpr = (D + C - 1) // C
     WIDTH: tl.constexpr = 2 if p_dt_weight.dtype.element_ty.primitive_bitwidth == 16 else 1
@@ -73,15 +73,15 @@ def selective_scan_2d_states_kernel(
         o_pixel, m_token = segment_tokens(i_sequence, n_segments, path == 1, height, width, T, Q)
         rows = load_tile(p_rows, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
         for d in tl.static_range(2):
-            i_direction = path + 2 * d
-            low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
+            i_direction, i_slot = path + 2 * d, 2 * path + d
+            low_rank = load_low_rank(p_projected, o_pixel, i_slot, K, R, BLOCK_R)
             if d == 0:
                 raw = raw_steps(low_rank, weight_0, bias_0, WIDTH, PRECISION)
             else:
                 raw = raw_steps(low_rank, weight_1, bias_1, WIDTH, PRECISION)
             v = softplus_log2(raw, PRECISE)
             steps = tl.sum(v, axis=0)
-            p_token = p_projected + i_direction * K + (R + N * ADJOINT) + o_pixel.to(tl.int64) * (4 * K)
+            p_token = p_projected + i_slot * K + (R + N * ADJOINT) + o_pixel.to(tl.int64) * (4 * K)
             i_summary = (i_sequence // n_segments * 4 + i_direction) * n_segments + i_sequence % n_segments
             for n in range(N):
                 rate = load_rate(p_rate, i_channel, i_direction, n, D, N, Q, V)
@@ -155,11 +155,11 @@ def selective_scan_2d_carry_kernel(
     state = tl.zeros((P, C), tl.float32)
     total = tl.zeros((P, C), tl.float32)
     for i_first in range(0, n_part, S):
-        local, steps, _, _ = _load_part(
+        local, steps, i_order, mask = _load_part(
             p_state, p_steps, i_part - 1, i_first, n_part, n_segments, o_channel, m_channel, is_reverse, N * D, D, S
         )
-        states, _ = scan_states(tl.exp2(steps * -rate[None, None, :]), local, state, False)
-        state = row(states, S - 1)
+        leaving, inflow = scan_states(tl.exp2(steps * -rate[None, None, :]), local, state, False)
+        state = row(leaving, S - 1)
         total += tl.sum(steps, axis=0)
     _, state = tl.associative_scan((tl.exp2(total * -rate[None, :]), state), 0, chain)
     i_start = i_part * n_part
@@ -171,7 +171,7 @@ def selective_scan_2d_carry_kernel(
         local, steps, i_order, mask = _load_part(
             p_state, p_steps, i_part, i_first, n_part, n_segments, o_channel, m_channel, is_reverse, N * D, D, S
         )
-        leaving, _ = scan_states(tl.exp2(steps * -rate[None, None, :]), local, state, False)
+        leaving, inflow = scan_states(tl.exp2(steps * -rate[None, None, :]), local, state, False)
         state = row(leaving, S - 1)
         # What leaves a segment enters the next one; the first of a part has been written above.
         i_next = tl.where(is_reverse, n_segments - 2 - i_order, i_order + 1)

@@ -144,7 +144,7 @@ def load_low_rank(p_projected, o_pixel, i_direction, K: tl.constexpr, R: tl.cons
 
     What they are multiplied with is zero there (:func:`step_weights`), so whole vectors are loaded.
     """
-    W: tl.constexpr = 4 if K % 4 == 0 else (2 if K % 2 == 0 else 1)
+    W: tl.constexpr = 4 if BLOCK_R < 32 or p_projected.dtype.element_ty.primitive_bitwidth == 32 else 8
     o_lane = _rank_offsets(BLOCK_R, W)
     pointers = _lane_pointers(p_projected + i_direction * K, o_pixel, o_lane, 4 * K)
     mask = tl.broadcast_to(o_lane < (R + W - 1) // W * W, pointers.shape)
