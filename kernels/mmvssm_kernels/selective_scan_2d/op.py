@@ -9,7 +9,7 @@ from ..registration import custom_op
 from . import torch_scan
 from .segments import count_segments
 
-# The kernels keep all states of a channel in registers.
+# What the kernels are made for; the memory for states at borders grows with their number.
 _MAX_STATES = 16
 
 

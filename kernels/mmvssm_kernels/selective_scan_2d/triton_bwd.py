@@ -2,9 +2,10 @@
 
 1. Projections as in the forward pass, which left the states that enter the segments.
 2. What enters the segments in the adjoint scans, which run against the directions (``triton_states.py``).
-3. The kernel below walks each segment once along each direction to lay down the state that enters every tile, and once
-   back, recomputing a tile's states and collecting all gradients. Those of x and of the projections go to the program's
-   own pixels; those of the parameters are partial sums per program. Nothing is added atomically.
+3. The kernel below scans each segment along each direction and back, all of it in registers, and collects all
+   gradients. Those of x and of the projections go to the program's own pixels; those of the parameters are partial sums
+   per program. Nothing is added atomically. One direction after the other: both at once would share what they read,
+   but not fit into registers.
 4. Matrix products carry the gradients of the projections to x and to the projection weights.
 """
 
@@ -97,8 +98,8 @@ def selective_scan_2d_bwd_kernel(
     for path in range(first, first + count):
         skip = load_rows(p_skip, path, i_channel, D, 1, V) + load_rows(p_skip, path + 2, i_channel, D, 1, V)
         dskip = tl.zeros((Q, C), tl.float32)
-        tl.debug_barrier()  # the sum along rows may be read by other threads of this program than wrote it
         for d in tl.static_range(2):
+            tl.debug_barrier()  # the sum so far may be read by other threads of this program than wrote it
             i_direction, i_slot = path + 2 * d, 2 * path + d
             weight, bias = step_weights(p_dt_weight, p_dt_bias, i_channel, i_direction, D, R, BLOCK_R, V, PRECISION)
             weight_back = step_weights_back(p_dt_weight, i_channel, i_direction, D, R, BLOCK_R, V, WIDTH, PRECISION)

@@ -6,12 +6,19 @@ from torch import Tensor
 
 from . import segments
 from .triton_states import selective_scan_2d_carry_kernel, selective_scan_2d_states_kernel
+
 # Channels of a lane: the more, the less work per token is repeated; the fewer, the fewer registers.
-LANE_CHANNELS, LANE_CHANNELS_BACK = 4, 4
-MAXREG, MAXREG_BACK = 168, 168
-# A program takes so many segments one after the other as leave so many programs.
-MAX_LOOPS = 4
-ENOUGH_PROGRAMS = 132 * 32
+_LANE_CHANNELS = 4
+# A program takes segments one after the other, which shares the cost of loading weights, as long as enough programs are
+# left; few, so that what both directions of a path read stays in the cache.
+_MAX_LOOPS, _ENOUGH_PROGRAMS = 4, 132 * 32
+
+
+def _register_limit(state: int, backward: bool) -> dict[str, int]:
+    """Registers of a thread; only NVIDIA's compiler takes a limit. One state: spills cost more than warps bring."""
+    if torch.version.hip:
+        return {}
+    return {"maxnreg": 255 if backward and state == 1 else 168}
 
 
 def pixel_uniform(x: Tensor) -> Tensor:
@@ -65,11 +72,10 @@ class Launch:
             A_log = A_log.float().exp().view(4, self.channels, self.state).transpose(1, 2)
         self.parameters = tuple(t.contiguous() for t in (dt_proj_weight.to(x.dtype), dt_proj_bias, A_log, D))
 
-        v = LANE_CHANNELS_BACK if backward else LANE_CHANNELS
-        self.blocks = triton.cdiv(self.channels, 4 * v)
+        self.blocks = triton.cdiv(self.channels, 4 * _LANE_CHANNELS)
         self.segments = segments.count_segments(self.height, self.width)
         sequences = self.batch * self.segments
-        loops = 1 if self.state > 1 else max(1, min(MAX_LOOPS, sequences * self.blocks // ENOUGH_PROGRAMS))
+        loops = 1 if self.state > 1 else max(1, min(_MAX_LOOPS, sequences * self.blocks // _ENOUGH_PROGRAMS))
         self.groups = triton.cdiv(sequences, loops)
         self.grid = (self.blocks * self.groups,)
         self.sizes = (self.batch, self.height, self.width, self.segments, loops)
@@ -82,13 +88,13 @@ class Launch:
             K=padded,
             T=segments.LANE_TOKENS,
             Q=segments.GROUPS,
-            V=v,
+            V=_LANE_CHANNELS,
             BLOCK_R=max(16, triton.next_power_of_2(self.rank)),
             PRECISE=x.dtype == torch.float32,
             PRECISION=_precision(x.dtype),
-            maxnreg=MAXREG_BACK if backward else MAXREG,
             num_warps=1,
             num_stages=1,
+            **_register_limit(self.state, backward),
         )
 
     def entering_states(self, rows: Tensor, adjoint: bool) -> Tensor:

@@ -1,7 +1,7 @@
-"""States at the borders of segments, so that segments can be walked in parallel.
+"""States at the borders of segments, so that segments can be scanned in parallel.
 
-1. :func:`selective_scan_2d_states_kernel` walks every segment of every direction from a zero state and leaves the
-   state it ends with and the sum of its step sizes; for the adjoint scan it does the same in the opposite order.
+1. :func:`selective_scan_2d_states_kernel` scans every segment of every direction from a zero state and leaves the state
+   it ends with and the sum of its step sizes; for the adjoint scan it does the same in the opposite order.
 2. :func:`selective_scan_2d_carry_kernel` turns them into the states that enter the segments.
 """
 
@@ -158,7 +158,7 @@ def selective_scan_2d_carry_kernel(
         local, steps, i_order, mask = _load_part(
             p_state, p_steps, i_part - 1, i_first, n_part, n_segments, o_channel, m_channel, is_reverse, N * D, D, S
         )
-        leaving, inflow = scan_states(tl.exp2(steps * -rate[None, None, :]), local, state, False)
+        leaving, _inflow = scan_states(tl.exp2(steps * -rate[None, None, :]), local, state, False)
         state = row(leaving, S - 1)
         total += tl.sum(steps, axis=0)
     _, state = tl.associative_scan((tl.exp2(total * -rate[None, :]), state), 0, chain)
@@ -171,7 +171,7 @@ def selective_scan_2d_carry_kernel(
         local, steps, i_order, mask = _load_part(
             p_state, p_steps, i_part, i_first, n_part, n_segments, o_channel, m_channel, is_reverse, N * D, D, S
         )
-        leaving, inflow = scan_states(tl.exp2(steps * -rate[None, None, :]), local, state, False)
+        leaving, _inflow = scan_states(tl.exp2(steps * -rate[None, None, :]), local, state, False)
         state = row(leaving, S - 1)
         # What leaves a segment enters the next one; the first of a part has been written above.
         i_next = tl.where(is_reverse, n_segments - 2 - i_order, i_order + 1)

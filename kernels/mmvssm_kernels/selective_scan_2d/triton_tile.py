@@ -1,18 +1,20 @@
-"""What the kernels of the four-direction scan share: where tokens lie, the inputs of a tile, scans inside a tile.
+"""What the kernels of the four-direction scan share: where tokens lie, the inputs of a tile, scans inside it.
 
-A tile is (T tokens, Q = 8 sequences, C = 4 V channels) and belongs to one warp. Token i of a tile is its i-th in scan
-order. A lane owns V channels of one sequence, 4 neighbours of every 16, and keeps all T tokens in registers, so that a
-scan over tokens is a chain of multiply-adds without shuffles, and what is loaded per token (address, B, C) serves V
-channels.
+A warp takes a segment at a time: Q = 8 groups of 4 lanes have T consecutive tokens each, for C = 4 V channels. A lane
+owns V channels, 4 neighbours of every 16, and keeps its T tokens in registers, so that a scan over them is a chain of
+multiply-adds, and what is loaded per token (address, B, C) serves V channels. What goes from group to group takes three
+rounds of shuffles (:func:`scan_groups`). A segment is scanned without a loop, so both directions of a path, rows
+(directions 0 and 2) or columns (1 and 3), can be scanned from one load of its inputs.
 
-This is also how matrix instructions hand out a result with one row per token and sequence: rows to 8 groups of lanes,
-pairs of columns to the 4 lanes of a group. The columns of a product may have any order, so they are ordered such that a
-lane gets the channels it owns (:func:`step_weights`), and loads are written such that Triton gives them the same lanes
-(:func:`_tile_pointers`): nothing moves between lanes, and the scans need no shared memory.
+This is also how matrix instructions hand out a result with one row per token: rows to 8 groups of lanes, pairs of
+columns to the 4 lanes of a group. The columns of a product may have any order, so they are ordered such that a lane
+gets the channels it owns (:func:`step_weights`), and loads are written such that Triton gives them the same lanes
+(:func:`_tile_pointers`): the products with the weights of step sizes move nothing between lanes.
 
-Maps are walked along rows (directions 0 and 2) or columns (1 and 3); a row or column is cut into tiles, its last one
-masked. Some tiles in a row, in the order of the tokens, are a segment: the part of a sequence that a program walks.
-Numbers: step sizes are v = dt log2(e), so a decay is exp2(-v rate) with rate = exp(A_log); everything is float32.
+Tokens that are masked, at the end of a sequence, come first or last in a scan and add nothing to it; their decays do
+not matter.
+Numbers: step sizes are v = dt log2(e), so a decay is exp2(-v rate) with rate = exp(A_log); everything after the
+projections is float32.
 """
 
 import triton
@@ -20,8 +22,6 @@ import triton.language as tl
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
-# A step size before softplus that leaves nothing after it.
-_NO_STEP: tl.constexpr = tl.constexpr(-1e5)
 
 
 @triton.jit
@@ -139,14 +139,15 @@ def _rank_offsets(BLOCK_R: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def load_low_rank(p_projected, o_pixel, i_direction, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
+def load_low_rank(p_projected, o_pixel, i_slot, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
     """Low-rank step sizes of a tile, (T, Q, BLOCK_R); from R on they are other finite numbers or zero.
 
-    What they are multiplied with is zero there (:func:`step_weights`), so whole vectors are loaded.
+    What they are multiplied with is zero there (:func:`step_weights`), so whole vectors are loaded. ``i_slot`` is where
+    the direction's projections lie among the four, padded to K: the two directions of a path are neighbours.
     """
     W: tl.constexpr = 4 if BLOCK_R < 32 or p_projected.dtype.element_ty.primitive_bitwidth == 32 else 8
     o_lane = _rank_offsets(BLOCK_R, W)
-    pointers = _lane_pointers(p_projected + i_direction * K, o_pixel, o_lane, 4 * K)
+    pointers = _lane_pointers(p_projected + i_slot * K, o_pixel, o_lane, 4 * K)
     mask = tl.broadcast_to(o_lane < (R + W - 1) // W * W, pointers.shape)
     low_rank = tl.load(pointers, mask=mask, other=0.0)
     return tl.reshape(tl.permute(low_rank, (1, 2, 0, 3, 4)), (o_pixel.shape[0], o_pixel.shape[1], BLOCK_R))
@@ -171,7 +172,7 @@ def as_factor(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
     To the nearest TF32 number, where a product would just cut off the other bits.
     """
-    if DTYPE == tl.float32 and PRECISION == "tf32":
+    if DTYPE.primitive_bitwidth == 32 and PRECISION == "tf32":
         x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
 
