@@ -67,13 +67,13 @@ if interpreting():
         # Smaller blocks than on a GPU: the interpreter walks through a tile element by element.
         for form in ("forward_form", "backward_form"):
             monkeypatch.setattr(triton_launch, form, lambda state: (16, 1, 4, None))
+        monkeypatch.setattr(selective_scan_2d, "LANE_TOKENS", 2)
         monkeypatch.setattr(bidirectional_gla, "_GROUP", 2)
         if segments == "several":
             monkeypatch.setattr(bidirectional_gla, "_MOST", 2)
             monkeypatch.setattr(bidirectional_gla, "_CHUNK", 2)
             monkeypatch.setattr(triton_launch, "_MIN_TOKENS_PER_SEGMENT", 1)
-            monkeypatch.setattr(selective_scan_2d, "_SEGMENT_TILES", 1)
-            monkeypatch.setattr(selective_scan_2d, "_SEGMENT_TILES_MANY_STATES", 2)
+            monkeypatch.setattr(selective_scan_2d, "LANE_TOKENS", 1)
             monkeypatch.setattr(bidirectional_selective_scan, "_MIN_TILES_PER_SEGMENT", 1)
             monkeypatch.setattr(causal_conv1d, "_MIN_STEPS", 1)
             monkeypatch.setattr(add_norm, "_MAX_PROGRAMS", 2)

@@ -9,7 +9,7 @@ from ..registration import custom_op
 from . import torch_scan
 from .segments import count_segments
 
-# The kernels keep all states of a channel in registers.
+# What the kernels are made for; the memory for states at borders grows with their number.
 _MAX_STATES = 16
 
 
@@ -29,7 +29,7 @@ def _channel_last_empty(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _entering_states(x: Tensor, A_log: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
-    segments = count_segments(height, width, A_log.shape[1])
+    segments = count_segments(height, width)
     return x.new_empty(batch, 4, segments, A_log.shape[1], channels, dtype=torch.float32)
 
 

@@ -2,8 +2,8 @@
 
 1. Projections of all directions by one matrix product (``triton_launch.py``).
 2. States that enter the segments (``triton_states.py``), unless a segment is a whole sequence.
-3. The kernel below walks each segment in both directions of a pair (rows, then columns) and adds the results into its
-   own pixels, so that nothing is added atomically; the last one rounds the sum to the dtype of the result.
+3. The kernel below scans each segment in both directions of a path. Rows come first; columns add their results to them,
+   so that nothing is added atomically, and round the sum to the dtype of the result.
 """
 
 import torch
@@ -14,24 +14,22 @@ from torch import Tensor
 from .triton_launch import Launch, pixel_stride
 from .triton_tile import (
     LN_2,
-    direction_geometry,
+    end_state,
+    enter_groups,
     load_low_rank,
     load_rate,
-    load_states,
+    load_rows,
     load_tile,
-    next_tile,
     raw_steps,
-    row,
     scan_states,
-    set_row,
+    segment_tokens,
     softplus_log2,
     step_weights,
     store_tile,
-    tile_tokens,
 )
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width", "n_tiles", "n_segments", "first", "count"])
+@triton.jit(do_not_specialize=["batch", "height", "width", "n_segments", "n_loops", "first", "count"])
 def selective_scan_2d_fwd_kernel(
     p_x,
     p_projected,
@@ -45,14 +43,15 @@ def selective_scan_2d_fwd_kernel(
     batch,
     height,
     width,
-    n_tiles,
     n_segments,
+    n_loops,
     first,
     count,
     stride_pixel: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
     N: tl.constexpr,
+    K: tl.constexpr,
     T: tl.constexpr,
     Q: tl.constexpr,
     V: tl.constexpr,
@@ -60,69 +59,52 @@ def selective_scan_2d_fwd_kernel(
     PRECISION: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
-    """``count`` directions in the order 0, 2, 1, 3 from the ``first`` on, added to p_sum (batch, H, W, D), float32.
+    """Both directions of ``count`` paths, rows and columns, from the ``first`` on.
 
-    The last of the four goes to p_y.
+    p_sum (batch, H, W, D), float32, takes the sum along rows, p_y that of all.
     """
-    K: tl.constexpr = R + 2 * N
     C: tl.constexpr = 4 * V
     N_BLOCKS: tl.constexpr = (D + C - 1) // C
     WIDTH: tl.constexpr = 2 if p_dt_weight.dtype.element_ty.primitive_bitwidth == 16 else 1
     i_channel = tl.program_id(0) % N_BLOCKS * C
-    o_channel = i_channel + tl.arange(0, C)
-    i_sequence = tl.program_id(0) // N_BLOCKS * Q + tl.arange(0, Q)
-    m_sequence = i_sequence < batch * n_segments
-    i_batch = i_sequence // n_segments
-    i_segment = i_sequence % n_segments
-    o_image = i_batch * height * width
-    m_entering = m_sequence & (n_segments > 1)
-    for i in range(first, first + count):
-        i_direction = i // 2 + 2 * (i % 2)
-        is_reverse = i % 2 == 1
-        step = tl.where(is_reverse, -1, 1)
-        n_outer, n_inner, n_tiles_inner, stride_outer, stride_inner = direction_geometry(i >= 2, height, width, T)
-        weight, bias = step_weights(p_dt_weight, p_dt_bias, i_channel, i_direction, D, R, BLOCK_R, V, PRECISION)
-        skip = tl.load(p_skip + i_direction * D + o_channel, mask=o_channel < D, other=0.0).to(tl.float32)
-        p_B = p_projected + i_direction * K + R
-        o_entering = ((i_batch * 4 + i_direction) * n_segments + i_segment) * N
-        i_tile = i_segment * n_tiles + tl.where(is_reverse, n_tiles - 1, 0)
-        i_outer, i_inner = i_tile // n_tiles_inner, i_tile % n_tiles_inner
-        rate = load_rate(p_rate, m_sequence, i_channel, i_direction, 0, D, N, V)
-        state = load_states(p_entering, o_entering, m_entering, i_channel, D, N, V)
-        tl.debug_barrier()  # what the walk before stored may be read by other threads of this program
-        o_pixel, m_token = tile_tokens(
-            o_image, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T
-        )
-        low_rank = load_low_rank(p_projected, o_pixel, m_token, i_direction, K, R, BLOCK_R)
-        x = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V)
-        for j in range(n_tiles):
-            raw = raw_steps(low_rank, m_token, weight, bias, WIDTH, PRECISION)
-            y = load_tile(p_sum, o_pixel, m_token & (i > 0), i_channel, D, D, V)
-            p_token = p_B + o_pixel.to(tl.int64) * (4 * K)
-            o_now, m_now, x_now = o_pixel, m_token, x.to(tl.float32)
-            # The next tile's inputs are fetched before this one is computed.
-            i_outer, i_inner = next_tile(i_outer, i_inner, n_tiles_inner, tl.where(j + 1 < n_tiles, step, 0))
-            o_pixel, m_token = tile_tokens(
-                o_image, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T
-            )
-            low_rank = load_low_rank(p_projected, o_pixel, m_token, i_direction, K, R, BLOCK_R)
-            x = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V)
-            v = softplus_log2(raw, PRECISE)
-            y = y + skip[None, None, :] * x_now
-            x_now *= v
-            for n in tl.static_range(N):
-                if N > 1:
-                    rate = load_rate(p_rate, m_sequence, i_channel, i_direction, n, D, N, V)
-                b_B = tl.load(p_token + n, mask=m_now, other=0.0)
-                b_C = tl.load(p_token + N + n, mask=m_now, other=0.0)
-                decay = tl.exp2(v * -rate[None, :, :])
-                states, last = scan_states(decay, x_now * (b_B * LN_2)[:, :, None], row(state, n))
-                y = y + states * b_C[:, :, None]
-                state = set_row(state, last, n)
-            if i == 3:
-                store_tile(p_y, y, o_now, m_now, i_channel, D, D, V)
+    i_first = tl.program_id(0) // N_BLOCKS * n_loops
+    for path in range(first, first + count):
+        weight_0, bias_0 = step_weights(p_dt_weight, p_dt_bias, i_channel, path, D, R, BLOCK_R, V, PRECISION)
+        weight_1, bias_1 = step_weights(p_dt_weight, p_dt_bias, i_channel, path + 2, D, R, BLOCK_R, V, PRECISION)
+        skip = load_rows(p_skip, path, i_channel, D, 1, V) + load_rows(p_skip, path + 2, i_channel, D, 1, V)
+        tl.debug_barrier()  # the sum along rows may be read by other threads of this program than wrote it
+        for i_sequence in range(i_first, tl.minimum(i_first + n_loops, batch * n_segments)):
+            o_pixel, m_token = segment_tokens(i_sequence, n_segments, path == 1, height, width, T, Q)
+            x = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
+            y = load_tile(p_sum, o_pixel, m_token & (path == 1), i_channel, D, D, V)
+            y += skip.to(tl.float32)[None, :, :] * x
+            for d in tl.static_range(2):
+                i_direction, i_slot = path + 2 * d, 2 * path + d
+                low_rank = load_low_rank(p_projected, o_pixel, i_slot, K, R, BLOCK_R)
+                if d == 0:
+                    raw = raw_steps(low_rank, weight_0, bias_0, WIDTH, PRECISION)
+                else:
+                    raw = raw_steps(low_rank, weight_1, bias_1, WIDTH, PRECISION)
+                v = softplus_log2(raw, PRECISE)
+                steps = tl.sum(v, axis=0)
+                p_token = p_projected + i_slot * K + R + o_pixel.to(tl.int64) * (4 * K)
+                i_summary = (i_sequence // n_segments * 4 + i_direction) * n_segments + i_sequence % n_segments
+                for n in range(N):
+                    rate = load_rate(p_rate, i_channel, i_direction, n, D, N, Q, V)
+                    entering = tl.zeros((Q, C), tl.float32)
+                    if n_segments > 1:
+                        entering = load_rows(p_entering, i_summary * N + n, i_channel, D, Q, V)
+                    b_B = tl.load(p_token + n).to(tl.float32)
+                    b_C = tl.load(p_token + N + n).to(tl.float32)
+                    decay = tl.exp2(v * -rate[None, :, :])
+                    value = x * v * (b_B * LN_2)[:, :, None]
+                    entering = enter_groups(tl.exp2(steps * -rate), end_state(decay, value, d == 1), entering, d == 1)
+                    states, _ = scan_states(decay, value, entering, d == 1)
+                    y += states * b_C[:, :, None]
+            if path == 1:
+                store_tile(p_y, y, o_pixel, m_token, i_channel, D, D, V)
             else:
-                store_tile(p_sum, y, o_now, m_now, i_channel, D, D, V)
+                store_tile(p_sum, y, o_pixel, m_token, i_channel, D, D, V)
 
 
 def selective_scan_2d_forward(
@@ -138,6 +120,6 @@ def selective_scan_2d_forward(
     total = y if out_dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
     tensors = (launch.x, launch.projected, *launch.parameters, entering)
     arguments = (*tensors, total, y, *launch.sizes)
-    for first, count in launch.pairs:
+    for first, count in launch.paths:
         selective_scan_2d_fwd_kernel[launch.grid](*arguments, first, count, pixel_stride(launch.x), **launch.constants)
     return y.permute(0, 3, 1, 2), entering

@@ -4,19 +4,21 @@ import torch
 import triton
 from torch import Tensor
 
-from .segments import TILE_TOKENS, count_segments, segment_tiles
+from . import segments
 from .triton_states import selective_scan_2d_carry_kernel, selective_scan_2d_states_kernel
 
-# Sequences of a tile: the groups of 4 lanes in a warp.
-_SEQUENCES = 8
-# Ranks up to which the backward pass has the registers for 8 channels in a lane.
-_MAX_RANK_OF_WIDE_BACKWARD = 16
+# Channels of a lane: the more, the less work per token is repeated; the fewer, the fewer registers.
+_LANE_CHANNELS = 4
+# A program takes segments one after the other, which shares the cost of loading weights, as long as enough programs are
+# left; few, so that what both directions of a path read stays in the cache.
+_MAX_LOOPS, _ENOUGH_PROGRAMS = 4, 132 * 32
 
 
-def lane_channels(rank: int, state: int, backward: bool) -> int:
-    """Channels of a lane: the more, the less work per token is repeated; the fewer, the fewer registers."""
-    narrow = state > 1 or (backward and rank > _MAX_RANK_OF_WIDE_BACKWARD)
-    return 4 if narrow else 8
+def _register_limit(state: int, backward: bool) -> dict[str, int]:
+    """Registers of a thread; only NVIDIA's compiler takes a limit. One state: spills cost more than warps bring."""
+    if torch.version.hip:
+        return {}
+    return {"maxnreg": 255 if backward and state == 1 else 168}
 
 
 def pixel_uniform(x: Tensor) -> Tensor:
@@ -37,19 +39,9 @@ def pixel_stride(x: Tensor) -> int:
     return x.shape[1]
 
 
-# Products of 16-bit operands that keep their float32 result exist from torch 2.8 on.
-_WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
-
-
-def project(rows: Tensor, weight: Tensor) -> Tensor:
-    """``rows @ weight.T`` from operands in the dtype of ``rows``, kept in float32.
-
-    Rounding the projections to 16 bits would cost more accuracy than everything after them.
-    """
-    weight = weight.to(rows.dtype)
-    if rows.dtype != torch.float32 and rows.device.type == "cuda" and _WIDE_PRODUCTS:
-        return torch.mm(rows, weight.T, out_dtype=torch.float32)
-    return rows.float() @ weight.float().T
+def in_pairs(directions: Tensor) -> Tensor:
+    """(4, ...) with the directions of a path side by side, 0, 2, 1, 3, as kernels read them; or put back from there."""
+    return directions.unflatten(0, (2, 2)).transpose(0, 1).flatten(0, 1)
 
 
 # For float32; three TF32 products have the layout that the kernels are written for, too.
@@ -69,41 +61,41 @@ class Launch:
         self.batch, self.channels, self.height, self.width = x.shape
         self.rank, self.state = dt_proj_weight.shape[2], A_log.shape[1]
         self.flat = x.permute(0, 2, 3, 1).reshape(-1, self.channels)
-        # One matrix product makes the projections of all directions at every pixel: (B, L, 4 (R + 2N)).
-        self.projected = project(self.flat, x_proj_weight.flatten(0, 1))
+        # One matrix product makes the projections of all directions at every pixel: (B, L, 4, R + 2N), padded so that
+        # every direction's can be read in vectors.
+        width = self.rank + 2 * self.state
+        padded = triton.cdiv(width, 8) * 8
+        self.x_proj = in_pairs(x_proj_weight.to(x.dtype))
+        weight = torch.nn.functional.pad(self.x_proj, (0, 0, 0, padded - width)) if padded > width else self.x_proj
+        self.projected = self.flat @ weight.flatten(0, 1).T
         if self.state > 1:  # a single state's rate is made from its logarithm inside the kernels
             A_log = A_log.float().exp().view(4, self.channels, self.state).transpose(1, 2)
-        self.parameters = tuple(t.contiguous() for t in (dt_proj_weight, dt_proj_bias, A_log, D))
+        self.parameters = tuple(t.contiguous() for t in (dt_proj_weight.to(x.dtype), dt_proj_bias, A_log, D))
 
-        t, v = TILE_TOKENS, lane_channels(self.rank, self.state, backward)
-        self.blocks = triton.cdiv(self.channels, 4 * v)
-        self.segments = count_segments(self.height, self.width, self.state)
-        rows, columns = self.height * triton.cdiv(self.width, t), self.width * triton.cdiv(self.height, t)
-        # The only segment of a short sequence is no longer than it.
-        self.tiles = segment_tiles(self.state) if self.segments > 1 else max(rows, columns)
-        self.sequences = self.batch * self.segments
-        self.groups = triton.cdiv(self.sequences, _SEQUENCES)
+        self.blocks = triton.cdiv(self.channels, 4 * _LANE_CHANNELS)
+        self.segments = segments.count_segments(self.height, self.width)
+        sequences = self.batch * self.segments
+        loops = 1 if self.state > 1 else max(1, min(_MAX_LOOPS, sequences * self.blocks // _ENOUGH_PROGRAMS))
+        self.groups = triton.cdiv(sequences, loops)
         self.grid = (self.blocks * self.groups,)
-        self.sizes = (self.batch, self.height, self.width, self.tiles, self.segments)
+        self.sizes = (self.batch, self.height, self.width, self.segments, loops)
         # Programs of one launch may not meet in a pixel: with several segments, rows and columns are two launches.
-        self.pairs = ((0, 4),) if self.segments == 1 else ((0, 2), (2, 2))
+        self.paths = ((0, 2),) if self.segments == 1 else ((0, 1), (1, 1))
         self.constants = dict(
             D=self.channels,
             R=self.rank,
             N=self.state,
-            T=t,
-            Q=_SEQUENCES,
-            V=v,
-            BLOCK_R=max(16, triton.next_power_of_2(self.rank + 1)),
+            K=padded,
+            T=segments.LANE_TOKENS,
+            Q=segments.GROUPS,
+            V=_LANE_CHANNELS,
+            BLOCK_R=max(16, triton.next_power_of_2(self.rank)),
             PRECISE=x.dtype == torch.float32,
             PRECISION=_precision(x.dtype),
             num_warps=1,
             num_stages=1,
+            **_register_limit(self.state, backward),
         )
-
-    def walk_states(self) -> Tensor:
-        """Uninitialised memory for the states between two tiles of every walk."""
-        return self.x.new_empty(self.sequences, self.state, self.channels, dtype=torch.float32)
 
     def entering_states(self, rows: Tensor, adjoint: bool) -> Tensor:
         """States (B, 4, segments, N, D) that enter the segments, or adjoint flows; unread if there is one segment.
@@ -116,7 +108,7 @@ class Launch:
             return entering
         states = torch.empty_like(entering)
         steps = rows.new_empty(self.batch, 4, self.segments, self.channels, dtype=torch.float32)
-        selective_scan_2d_states_kernel[(*self.grid, 4)](
+        selective_scan_2d_states_kernel[(2 * self.grid[0],)](
             rows,
             self.projected,
             *self.parameters[:3],

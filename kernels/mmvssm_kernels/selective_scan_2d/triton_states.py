@@ -1,7 +1,7 @@
-"""States at the borders of segments, so that segments can be walked in parallel.
+"""States at the borders of segments, so that segments can be scanned in parallel.
 
-1. :func:`selective_scan_2d_states_kernel` walks every segment of every direction from a zero state and leaves the
-   state it ends with and the sum of its step sizes; for the adjoint scan it does the same in the opposite order.
+1. :func:`selective_scan_2d_states_kernel` scans every segment of every direction from a zero state and leaves the state
+   it ends with and the sum of its step sizes; for the adjoint scan it does the same in the opposite order.
 2. :func:`selective_scan_2d_carry_kernel` turns them into the states that enter the segments.
 """
 
@@ -12,24 +12,23 @@ from .triton_tile import (
     LN_2,
     LOG2_E,
     chain,
-    direction_geometry,
+    end_flow,
+    end_state,
     load_low_rank,
     load_rate,
     load_tile,
-    next_tile,
     raw_steps,
     row,
+    scan_groups,
     scan_states,
-    set_row,
+    segment_tokens,
     softplus_log2,
     step_weights,
-    store_rows,
-    store_states,
-    tile_tokens,
+    store_row,
 )
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width", "n_tiles", "n_segments"])
+@triton.jit(do_not_specialize=["batch", "height", "width", "n_segments", "n_loops"])
 def selective_scan_2d_states_kernel(
     p_rows,
     p_projected,
@@ -41,12 +40,13 @@ def selective_scan_2d_states_kernel(
     batch,
     height,
     width,
-    n_tiles,
     n_segments,
+    n_loops,
     stride_pixel: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
     N: tl.constexpr,
+    K: tl.constexpr,
     ADJOINT: tl.constexpr,
     T: tl.constexpr,
     Q: tl.constexpr,
@@ -59,65 +59,43 @@ def selective_scan_2d_states_kernel(
 
     ``p_rows`` is x, or for ``ADJOINT`` the gradient of y; the adjoint flow obeys F[t-1] = a[t] (F[t] + C[t] dy[t]).
     """
-    K: tl.constexpr = R + 2 * N
     C: tl.constexpr = 4 * V
     N_BLOCKS: tl.constexpr = (D + C - 1) // C
     WIDTH: tl.constexpr = 2 if p_dt_weight.dtype.element_ty.primitive_bitwidth == 16 else 1
     i_channel = tl.program_id(0) % N_BLOCKS * C
-    i_direction = tl.program_id(1)
-    i_sequence = tl.program_id(0) // N_BLOCKS * Q + tl.arange(0, Q)
-    m_sequence = i_sequence < batch * n_segments
-    i_batch = i_sequence // n_segments
-    i_segment = i_sequence % n_segments
-    o_image = i_batch * height * width
-    o_summary = (i_batch * 4 + i_direction) * n_segments + i_segment
-
-    # Adjoint scans run against the direction.
-    is_reverse = (i_direction >= 2) != ADJOINT
-    n_outer, n_inner, n_tiles_inner, stride_outer, stride_inner = direction_geometry(
-        i_direction % 2 == 1, height, width, T
-    )
-    weight, bias = step_weights(p_dt_weight, p_dt_bias, i_channel, i_direction, D, R, BLOCK_R, V, PRECISION)
-    p_weight = p_projected + i_direction * K + (R + N * ADJOINT)
-
-    i_tile = i_segment * n_tiles + tl.where(is_reverse, n_tiles - 1, 0)
-    i_outer, i_inner = i_tile // n_tiles_inner, i_tile % n_tiles_inner
-    step = tl.where(is_reverse, -1, 1)
-    rate = load_rate(p_rate, m_sequence, i_channel, i_direction, 0, D, N, V)
-    state = tl.zeros((triton.next_power_of_2(N), Q, C), tl.float32)
-    steps = tl.zeros((Q, C), tl.float32)
-    o_pixel, m_token = tile_tokens(
-        o_image, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T
-    )
-    low_rank = load_low_rank(p_projected, o_pixel, m_token, i_direction, K, R, BLOCK_R)
-    rows = load_tile(p_rows, o_pixel, m_token, i_channel, stride_pixel, D, V)
-    for j in range(n_tiles):
-        raw = raw_steps(low_rank, m_token, weight, bias, WIDTH, PRECISION)
-        p_token = p_weight + o_pixel.to(tl.int64) * (4 * K)
-        m_now, rows_now = m_token, rows.to(tl.float32)
-        # The next tile's inputs are fetched before this one is computed.
-        i_outer, i_inner = next_tile(i_outer, i_inner, n_tiles_inner, tl.where(j + 1 < n_tiles, step, 0))
-        o_pixel, m_token = tile_tokens(
-            o_image, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T
-        )
-        low_rank = load_low_rank(p_projected, o_pixel, m_token, i_direction, K, R, BLOCK_R)
-        rows = load_tile(p_rows, o_pixel, m_token, i_channel, stride_pixel, D, V)
-        v = softplus_log2(raw, PRECISE)
-        steps += tl.sum(v, axis=0)
-        if not ADJOINT:
-            rows_now *= v
-        for n in tl.static_range(N):
-            if N > 1:
-                rate = load_rate(p_rate, m_sequence, i_channel, i_direction, n, D, N, V)
-            b_weight = tl.load(p_token + n, mask=m_now, other=0.0)
-            decay = tl.exp2(v * -rate[None, :, :])
-            value = rows_now * (b_weight if ADJOINT else b_weight * LN_2)[:, :, None]
-            if ADJOINT:
-                value *= decay
-            _, last = scan_states(decay, value, row(state, n))
-            state = set_row(state, last, n)
-    store_states(p_state, state, o_summary * N, m_sequence, i_channel, D, N, V)
-    store_rows(p_steps, steps, o_summary, m_sequence, i_channel, D, D, V)
+    # Rows and columns of the same tokens run side by side, so that they share reads of the map.
+    path = tl.program_id(0) // N_BLOCKS % 2
+    i_first = tl.program_id(0) // (2 * N_BLOCKS) * n_loops
+    weight_0, bias_0 = step_weights(p_dt_weight, p_dt_bias, i_channel, path, D, R, BLOCK_R, V, PRECISION)
+    weight_1, bias_1 = step_weights(p_dt_weight, p_dt_bias, i_channel, path + 2, D, R, BLOCK_R, V, PRECISION)
+    m_first = tl.arange(0, Q) == 0
+    for i_sequence in range(i_first, tl.minimum(i_first + n_loops, batch * n_segments)):
+        o_pixel, m_token = segment_tokens(i_sequence, n_segments, path == 1, height, width, T, Q)
+        rows = load_tile(p_rows, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
+        for d in tl.static_range(2):
+            i_direction, i_slot = path + 2 * d, 2 * path + d
+            low_rank = load_low_rank(p_projected, o_pixel, i_slot, K, R, BLOCK_R)
+            if d == 0:
+                raw = raw_steps(low_rank, weight_0, bias_0, WIDTH, PRECISION)
+            else:
+                raw = raw_steps(low_rank, weight_1, bias_1, WIDTH, PRECISION)
+            v = softplus_log2(raw, PRECISE)
+            steps = tl.sum(v, axis=0)
+            p_token = p_projected + i_slot * K + (R + N * ADJOINT) + o_pixel.to(tl.int64) * (4 * K)
+            i_summary = (i_sequence // n_segments * 4 + i_direction) * n_segments + i_sequence % n_segments
+            for n in range(N):
+                rate = load_rate(p_rate, i_channel, i_direction, n, D, N, Q, V)
+                b_weight = tl.load(p_token + n).to(tl.float32)
+                decay = tl.exp2(v * -rate[None, :, :])
+                if ADJOINT:
+                    state = end_flow(decay, rows * b_weight[:, :, None], d == 1)
+                else:
+                    state = end_state(decay, rows * v * (b_weight * LN_2)[:, :, None], d == 1)
+                # Adjoint scans run against the direction.
+                state, _, _ = scan_groups(tl.exp2(steps * -rate), state, (d == 1) != ADJOINT)
+                store_row(p_state, state, m_first, i_summary * N + n, i_channel, D, V)
+            steps = tl.broadcast_to(tl.sum(steps, axis=0)[None, :], steps.shape)
+            store_row(p_steps, steps, m_first, i_summary, i_channel, D, V)
 
 
 @triton.jit
@@ -177,10 +155,11 @@ def selective_scan_2d_carry_kernel(
     state = tl.zeros((P, C), tl.float32)
     total = tl.zeros((P, C), tl.float32)
     for i_first in range(0, n_part, S):
-        local, steps, _, _ = _load_part(
+        local, steps, i_order, mask = _load_part(
             p_state, p_steps, i_part - 1, i_first, n_part, n_segments, o_channel, m_channel, is_reverse, N * D, D, S
         )
-        _, state = scan_states(tl.exp2(steps * -rate[None, None, :]), local, state)
+        leaving, _inflow = scan_states(tl.exp2(steps * -rate[None, None, :]), local, state, False)
+        state = row(leaving, S - 1)
         total += tl.sum(steps, axis=0)
     _, state = tl.associative_scan((tl.exp2(total * -rate[None, :]), state), 0, chain)
     i_start = i_part * n_part
@@ -192,7 +171,8 @@ def selective_scan_2d_carry_kernel(
         local, steps, i_order, mask = _load_part(
             p_state, p_steps, i_part, i_first, n_part, n_segments, o_channel, m_channel, is_reverse, N * D, D, S
         )
-        leaving, state = scan_states(tl.exp2(steps * -rate[None, None, :]), local, state)
+        leaving, _inflow = scan_states(tl.exp2(steps * -rate[None, None, :]), local, state, False)
+        state = row(leaving, S - 1)
         # What leaves a segment enters the next one; the first of a part has been written above.
         i_next = tl.where(is_reverse, n_segments - 2 - i_order, i_order + 1)
         m_next = (i_first + tl.arange(0, S) + 1 < n_part)[:, None] & (i_order + 1 < n_segments)

@@ -1,17 +1,20 @@
-"""What the kernels of the four-direction scan share: where tokens lie, the inputs of a tile, scans inside a tile.
+"""What the kernels of the four-direction scan share: where tokens lie, the inputs of a tile, scans inside it.
 
-A tile is (T tokens, Q = 8 sequences, C = 4 V channels) and belongs to one warp. Token i of a tile is its i-th in scan
-order. A lane owns V neighbouring channels of one sequence and keeps all T tokens in registers, so that a scan over
-tokens is a chain of multiply-adds without shuffles, and what is loaded per token (address, B, C) serves V channels.
+A warp takes a segment at a time: Q = 8 groups of 4 lanes have T consecutive tokens each, for C = 4 V channels. A lane
+owns V channels, 4 neighbours of every 16, and keeps its T tokens in registers, so that a scan over them is a chain of
+multiply-adds, and what is loaded per token (address, B, C) serves V channels. What goes from group to group takes three
+rounds of shuffles (:func:`scan_groups`). A segment is scanned without a loop, so both directions of a path, rows
+(directions 0 and 2) or columns (1 and 3), can be scanned from one load of its inputs.
 
-This is also how matrix instructions hand out a result with one row per token and sequence: rows to 8 groups of lanes,
-pairs of columns to the 4 lanes of a group. The columns of a product may have any order, so they are ordered such that a
-lane gets the channels it owns (:func:`step_weights`), and loads are written such that Triton gives them the same lanes
-(:func:`_lane_offsets`): nothing moves between lanes, and the scans need no shared memory.
+This is also how matrix instructions hand out a result with one row per token: rows to 8 groups of lanes, pairs of
+columns to the 4 lanes of a group. The columns of a product may have any order, so they are ordered such that a lane
+gets the channels it owns (:func:`step_weights`), and loads are written such that Triton gives them the same lanes
+(:func:`_tile_pointers`): the products with the weights of step sizes move nothing between lanes.
 
-Maps are walked along rows (directions 0 and 2) or columns (1 and 3); a row or column is cut into tiles, its last one
-masked. Some tiles in a row, in the order of the tokens, are a segment: the part of a sequence that a program walks.
-Numbers: step sizes are v = dt log2(e), so a decay is exp2(-v rate) with rate = exp(A_log); everything is float32.
+Tokens that are masked, at the end of a sequence, come first or last in a scan and add nothing to it; their decays do
+not matter.
+Numbers: step sizes are v = dt log2(e), so a decay is exp2(-v rate) with rate = exp(A_log); everything after the
+projections is float32.
 """
 
 import triton
@@ -19,8 +22,6 @@ import triton.language as tl
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
-# A step size before softplus that leaves nothing after it.
-_NO_STEP: tl.constexpr = tl.constexpr(-1e5)
 
 
 @triton.jit
@@ -48,158 +49,113 @@ def softplus_log2(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def direction_geometry(is_column, height, width, T: tl.constexpr):
-    """Number of rows (columns), tokens in one, tiles in one, and the pixel strides between both kinds."""
-    n_outer = tl.where(is_column, width, height)
-    n_inner = tl.where(is_column, height, width)
-    stride_outer = tl.where(is_column, 1, width)
-    stride_inner = tl.where(is_column, width, 1)
-    return n_outer, n_inner, (n_inner + T - 1) // T, stride_outer, stride_inner
+def segment_tokens(i_sequence, n_segments, is_column, height, width, T: tl.constexpr, Q: tl.constexpr):
+    """Pixels and mask (T, Q) of the tokens of a segment: T consecutive ones in each of Q groups of lanes.
 
-
-@triton.jit
-def next_tile(i_outer, i_inner, n_tiles_inner, step):
-    """The tile after (``step`` = 1) or before (-1) tile ``i_inner`` of row ``i_outer``; the same one for 0."""
-    i_inner += step
-    wrapped = (i_inner == n_tiles_inner) | (i_inner < 0)
-    i_outer += tl.where(wrapped, step, 0)
-    return i_outer, tl.where(wrapped, tl.where(step > 0, 0, n_tiles_inner - 1), i_inner)
-
-
-@triton.jit
-def tile_tokens(
-    o_first, i_outer, i_inner, m_sequence, is_reverse, n_outer, n_inner, stride_outer, stride_inner, T: tl.constexpr
-):
-    """Pixels and mask (T, Q) of the tokens of a tile; ``o_first`` (Q) is the first pixel of a sequence's image."""
-    i_token = tl.arange(0, T)
-    step = tl.where(is_reverse, -1, 1)
-    i_first = i_inner * T + tl.where(is_reverse, T - 1, 0)
-    o_row = o_first + i_outer * stride_outer + i_first * stride_inner
-    o_pixel = o_row[None, :] + (i_token * (step * stride_inner))[:, None]
-    m_row = m_sequence & (i_outer >= 0) & (i_outer < n_outer)
-    m_token = (i_first[None, :] + (i_token * step)[:, None] < n_inner) & m_row[None, :]
-    return o_pixel, m_token
-
-
-@triton.jit
-def _lane_offsets(V: tl.constexpr, W: tl.constexpr):
-    """Offsets (4, 1, 1, V / W, W) of what the lanes of a token load: V elements each, W at once."""
-    o_lane = tl.arange(0, 4)[:, None, None, None, None] * V
-    o_access = tl.arange(0, V // W)[None, None, None, :, None] * W
-    return o_lane + o_access + tl.arange(0, W)[None, None, None, None, :]
+    ``i_sequence`` counts segments of all images. A masked token has some pixel of its image.
+    """
+    length = height * width
+    i_image = i_sequence // n_segments
+    # A map of one row has the same order along its columns.
+    is_turned = is_column & (height > 1)
+    n_inner = tl.where(is_turned, height, length)
+    stride_inner = tl.where(is_turned, width, 1)
+    i_first = (i_sequence - i_image * n_segments) * (T * Q) + tl.arange(0, Q) * T
+    i_token = tl.arange(0, T)[:, None]
+    m_token = i_first[None, :] + i_token < length
+    i_outer = i_first // n_inner
+    i_inner = (i_first - i_outer * n_inner)[None, :] + i_token
+    # Divided by multiplication: exact, because the numbers are small, and in few instructions.
+    inverse = tl.full((), 0xFFFFFFFF, tl.uint32) // n_inner.to(tl.uint32) + 1
+    wraps = tl.umulhi(i_inner.to(tl.uint32), tl.zeros((T, Q), tl.uint32) + inverse).to(tl.int32)
+    o_pixel = (i_inner - wraps * n_inner) * stride_inner + (i_outer[None, :] + wraps)
+    return i_image * length + tl.where(m_token, o_pixel, 0), m_token
 
 
 @triton.jit
 def _lane_pointers(p_map, o_row, o_lane, STRIDE: tl.constexpr):
-    """Pointers (4, T, Q, V / W, W) to rows that are ``STRIDE`` elements apart.
+    """Pointers (4, T, Q, accesses, W) to rows that are ``STRIDE`` elements apart.
 
     The hint makes the layout: Triton orders the axes by contiguity, so that a lane takes W elements, then come the 4
     lanes of a token, then sequences, never tokens. Neither of the two is contiguous; the numbers only make the order.
     """
+    W: tl.constexpr = o_lane.shape[4]
     pointers = p_map + o_row.to(tl.int64)[None, :, :, None, None] * STRIDE + o_lane
-    return tl.max_contiguous(
-        pointers, [3 if o_lane.shape[4] > 1 else 1, 1, 2 if o_lane.shape[4] > 1 else 1, 1, o_lane.shape[4]]
-    )
+    return tl.max_contiguous(pointers, [3 if W > 1 else 1, 1, 2 if W > 1 else 1, 1, W])
 
 
 @triton.jit
-def _tile_pointers(p_map, o_row, o_channel, STRIDE: tl.constexpr, V: tl.constexpr):
-    """Pointers (T, Q, C), for elements of which a lane can load V at once; the hint is as in :func:`_lane_pointers`."""
-    pointers = p_map + o_row.to(tl.int64)[:, :, None] * STRIDE + o_channel[None, None, :]
-    return tl.max_contiguous(pointers, [1, 2, V])
+def _tile_pointers(p_map, o_row, m_row, i_first, STRIDE: tl.constexpr, D: tl.constexpr, V: tl.constexpr):
+    """Pointers and mask (4, T, Q, V / 4, 4) of a tile: the 4 lanes of a token take 16 neighbouring channels at once."""
+    o_lane = tl.arange(0, 4)[:, None, None, None, None] * 4 + tl.arange(0, 4)[None, None, None, None, :]
+    o_channel = i_first + o_lane + tl.arange(0, V // 4)[None, None, None, :, None] * 16
+    mask = m_row[None, :, :, None, None]
+    if D % (4 * V) != 0:
+        mask = mask & (o_channel < D)
+    return _lane_pointers(p_map, o_row, o_channel, STRIDE), mask
 
 
 @triton.jit
 def load_tile(p_map, o_row, m_row, i_first, STRIDE: tl.constexpr, D: tl.constexpr, V: tl.constexpr):
     """Channels ``i_first`` on of the rows ``o_row`` (T, Q), as (T, Q, C)."""
-    BITS: tl.constexpr = p_map.dtype.element_ty.primitive_bitwidth
-    if V * BITS <= 128:
-        o_channel = i_first + tl.arange(0, 4 * V)
-        mask = m_row[:, :, None]
-        if D % (4 * V) != 0:
-            mask = mask & (o_channel < D)[None, None, :]
-        return tl.load(_tile_pointers(p_map, o_row, o_channel, STRIDE, V), mask=mask, other=0.0)
-    else:
-        W: tl.constexpr = 128 // BITS
-        o_lane = i_first + _lane_offsets(V, W)
-        mask = m_row[None, :, :, None, None]
-        if D % (4 * V) != 0:
-            mask = mask & (o_lane < D)
-        tile = tl.load(_lane_pointers(p_map, o_row, o_lane, STRIDE), mask=mask, other=0.0)
-        return tl.reshape(tl.permute(tile, (1, 2, 0, 3, 4)), (o_row.shape[0], o_row.shape[1], 4 * V))
+    pointers, mask = _tile_pointers(p_map, o_row, m_row, i_first, STRIDE, D, V)
+    tile = tl.load(pointers, mask=mask, other=0.0)
+    return tl.reshape(tl.permute(tile, (1, 2, 3, 0, 4)), (o_row.shape[0], o_row.shape[1], 4 * V))
 
 
 @triton.jit
 def store_tile(p_map, tile, o_row, m_row, i_first, STRIDE: tl.constexpr, D: tl.constexpr, V: tl.constexpr):
     """The counterpart of :func:`load_tile`."""
-    BITS: tl.constexpr = p_map.dtype.element_ty.primitive_bitwidth
-    tile = tile.to(p_map.dtype.element_ty)
-    if V * BITS <= 128:
-        o_channel = i_first + tl.arange(0, 4 * V)
-        mask = m_row[:, :, None]
-        if D % (4 * V) != 0:
-            mask = mask & (o_channel < D)[None, None, :]
-        tl.store(_tile_pointers(p_map, o_row, o_channel, STRIDE, V), tile, mask=mask)
-    else:
-        W: tl.constexpr = 128 // BITS
-        o_lane = i_first + _lane_offsets(V, W)
-        mask = m_row[None, :, :, None, None]
-        if D % (4 * V) != 0:
-            mask = mask & (o_lane < D)
-        tile = tl.reshape(tile, (o_row.shape[0], o_row.shape[1], 4, V // W, W))
-        tl.store(_lane_pointers(p_map, o_row, o_lane, STRIDE), tl.permute(tile, (2, 0, 1, 3, 4)), mask=mask)
+    pointers, mask = _tile_pointers(p_map, o_row, m_row, i_first, STRIDE, D, V)
+    tile = tl.reshape(tile.to(p_map.dtype.element_ty), (o_row.shape[0], o_row.shape[1], V // 4, 4, 4))
+    tl.store(pointers, tl.permute(tile, (3, 0, 1, 2, 4)), mask=mask)
 
 
 @triton.jit
-def load_rows(p_rows, o_row, m_row, i_first, STRIDE: tl.constexpr, D: tl.constexpr, V: tl.constexpr):
-    """One row per sequence, (Q, C)."""
-    tile = load_tile(p_rows, o_row[None, :], m_row[None, :], i_first, STRIDE, D, V)
-    return tl.reshape(tile, (o_row.shape[0], 4 * V))
+def _same_row(i_row, Q: tl.constexpr):
+    return tl.zeros((1, Q), tl.int32) + i_row
 
 
 @triton.jit
-def store_rows(p_rows, rows, o_row, m_row, i_first, STRIDE: tl.constexpr, D: tl.constexpr, V: tl.constexpr):
-    """The counterpart of :func:`load_rows`."""
-    store_tile(p_rows, rows[None, :, :], o_row[None, :], m_row[None, :], i_first, STRIDE, D, V)
+def load_rows(p_rows, i_row, i_first, D: tl.constexpr, Q: tl.constexpr, V: tl.constexpr):
+    """Channels ``i_first`` on of one row of D, for every group, (Q, C)."""
+    tile = load_tile(p_rows, _same_row(i_row, Q), tl.full((1, Q), True, tl.int1), i_first, D, D, V)
+    return tl.reshape(tile, (Q, 4 * V))
 
 
 @triton.jit
-def _state_rows(o_first, m_first, N: tl.constexpr):
-    i_state = tl.arange(0, triton.next_power_of_2(N))
-    return o_first[None, :] + i_state[:, None], m_first[None, :] & (i_state < N)[:, None]
+def store_row(p_rows, rows, m_group, i_row, i_first, D: tl.constexpr, V: tl.constexpr):
+    """Stores what the one group of ``m_group`` (Q) has in ``rows`` (Q, C)."""
+    Q: tl.constexpr = rows.shape[0]
+    store_tile(p_rows, rows[None, :, :], _same_row(i_row, Q), m_group[None, :], i_first, D, D, V)
 
 
 @triton.jit
-def load_states(p_rows, o_first, m_first, i_first, D: tl.constexpr, N: tl.constexpr, V: tl.constexpr):
-    """N rows from ``o_first`` (Q) on for each sequence, (N, Q, C), padded to a power of two."""
-    o_row, m_row = _state_rows(o_first, m_first, N)
-    return load_tile(p_rows, o_row, m_row, i_first, D, D, V)
+def _rank_offsets(BLOCK_R: tl.constexpr, W: tl.constexpr):
+    """Ranks (4, 1, 1, accesses, W) that the lanes of a token take, each a quarter of them."""
+    o_lane = tl.arange(0, 4)[:, None, None, None, None] * (BLOCK_R // 4)
+    o_access = tl.arange(0, BLOCK_R // (4 * W))[None, None, None, :, None] * W
+    return o_lane + o_access + tl.arange(0, W)[None, None, None, None, :]
 
 
 @triton.jit
-def store_states(p_rows, states, o_first, m_first, i_first, D: tl.constexpr, N: tl.constexpr, V: tl.constexpr):
-    """The counterpart of :func:`load_states`."""
-    o_row, m_row = _state_rows(o_first, m_first, N)
-    store_tile(p_rows, states, o_row, m_row, i_first, D, D, V)
-
-
-@triton.jit
-def load_low_rank(p_projected, o_pixel, m_token, i_direction, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
+def load_low_rank(p_projected, o_pixel, i_slot, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
     """Low-rank step sizes of a tile, (T, Q, BLOCK_R); from R on they are other finite numbers or zero.
 
-    What they are multiplied with is zero there (:func:`step_weights`), so whole vectors are loaded.
+    What they are multiplied with is zero there (:func:`step_weights`), so whole vectors are loaded. ``i_slot`` is where
+    the direction's projections lie among the four, padded to K: the two directions of a path are neighbours.
     """
-    W: tl.constexpr = 4 if K % 4 == 0 else (2 if K % 2 == 0 else 1)
-    o_lane = _lane_offsets(BLOCK_R // 4, W)
-    pointers = _lane_pointers(p_projected + i_direction * K, o_pixel, o_lane, 4 * K)
-    mask = m_token[None, :, :, None, None] & (o_lane < (R + W - 1) // W * W)
+    W: tl.constexpr = 4 if BLOCK_R < 32 or p_projected.dtype.element_ty.primitive_bitwidth == 32 else 8
+    o_lane = _rank_offsets(BLOCK_R, W)
+    pointers = _lane_pointers(p_projected + i_slot * K, o_pixel, o_lane, 4 * K)
+    mask = tl.broadcast_to(o_lane < (R + W - 1) // W * W, pointers.shape)
     low_rank = tl.load(pointers, mask=mask, other=0.0)
     return tl.reshape(tl.permute(low_rank, (1, 2, 0, 3, 4)), (o_pixel.shape[0], o_pixel.shape[1], BLOCK_R))
 
 
 @triton.jit
 def as_operand(tile, WIDTH: tl.constexpr):
-    """Left operand (T Q, n) of a matrix product whose right one has the rows of :func:`operand_rows`; nothing moves.
+    """Left operand (T Q, n) of a matrix product, of low-rank step sizes; nothing moves.
 
     Of every 4 ``WIDTH`` columns a matrix instruction takes ``WIDTH`` from each lane.
     """
@@ -211,11 +167,14 @@ def as_operand(tile, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def round_tf32(x, PRECISION: tl.constexpr):
-    """To the nearest TF32 number, where a product would just cut off the other bits."""
-    if PRECISION == "tf32":
+def as_factor(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """A factor of a matrix product in the dtype of its other one.
+
+    To the nearest TF32 number, where a product would just cut off the other bits.
+    """
+    if DTYPE.primitive_bitwidth == 32 and PRECISION == "tf32":
         x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return x
+    return x.to(DTYPE)
 
 
 @triton.jit
@@ -242,16 +201,17 @@ def step_weights(
     o_rank = tl.arange(0, WIDTH)[:, None, None, None, None] + tl.arange(0, S)[None, None, None, None, :] * WIDTH
     o_rank += tl.arange(0, 4)[None, :, None, None, None] * (BLOCK_R // 4)
     i_column = tl.arange(0, 8)[None, None, :, None, None]
-    o_channel = i_first + i_column // 2 * V + tl.arange(0, B)[None, None, None, :, None] * 2 + i_column % 2
+    i_block = tl.arange(0, B)[None, None, None, :, None]
+    o_channel = i_first + i_block // 2 * 16 + i_column // 2 * 4 + i_block % 2 * 2 + i_column % 2
     pointers = p_dt_weight + (i_direction * D + o_channel) * R + o_rank
     weight = tl.load(
         tl.max_contiguous(pointers, [WIDTH, 1, 1, 1, 1]), mask=(o_rank < R) & (o_channel < D), other=0.0
     ).to(tl.float32)
     weight = tl.reshape(tl.permute(weight, (4, 1, 0, 3, 2)), (BLOCK_R, C))
     o_column = tl.arange(0, C)
-    o_channel = i_first + o_column % 8 // 2 * V + o_column // 8 * 2 + o_column % 2
+    o_channel = i_first + o_column // 16 * 16 + o_column % 8 // 2 * 4 + o_column // 8 % 2 * 2 + o_column % 2
     bias = tl.load(p_dt_bias + i_direction * D + o_channel, mask=o_channel < D, other=0.0)
-    return round_tf32(weight * LOG2_E, PRECISION), bias.to(tl.float32) * LOG2_E
+    return as_factor(weight * LOG2_E, p_dt_weight.dtype.element_ty, PRECISION), bias.to(tl.float32) * LOG2_E
 
 
 @triton.jit
@@ -274,15 +234,15 @@ def step_weights_back(
     S: tl.constexpr = V // WIDTH
     B: tl.constexpr = BLOCK_R // 8
     # Axes: lanes, columns of an instruction, instructions along rows and columns, in a lane's pair of rows.
-    o_channel = i_first + tl.arange(0, 4)[:, None, None, None, None] * V
-    o_channel += tl.arange(0, S)[None, None, :, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, None, None, :]
+    i_step = tl.arange(0, S)[None, None, :, None, None]
+    o_channel = i_first + i_step // (4 // WIDTH) * 16 + i_step % (4 // WIDTH) * WIDTH
+    o_channel += tl.arange(0, 4)[:, None, None, None, None] * 4 + tl.arange(0, WIDTH)[None, None, None, None, :]
     i_column = tl.arange(0, 8)[None, :, None, None, None]
     o_rank = i_column // 2 * (BLOCK_R // 4) + tl.arange(0, B)[None, None, None, :, None] * 2 + i_column % 2
     pointers = p_dt_weight + (i_direction * D + o_channel) * R + o_rank
-    weight = tl.load(tl.max_contiguous(pointers, [1, 1, 1, 1, 1]), mask=(o_rank < R) & (o_channel < D), other=0.0).to(
-        tl.float32
-    )
-    return round_tf32(tl.reshape(tl.permute(weight, (2, 0, 4, 3, 1)), (C, BLOCK_R)), PRECISION)
+    weight = tl.load(tl.max_contiguous(pointers, [1, 1, 1, 1, 1]), mask=(o_rank < R) & (o_channel < D), other=0.0)
+    weight = tl.reshape(tl.permute(weight, (2, 0, 4, 3, 1)), (C, BLOCK_R))
+    return as_factor(weight, p_dt_weight.dtype.element_ty, PRECISION)
 
 
 @triton.jit
@@ -291,7 +251,10 @@ def dlow_rank_of(draw, weight, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     T: tl.constexpr = draw.shape[0]
     Q: tl.constexpr = draw.shape[1]
     BLOCK_R: tl.constexpr = weight.shape[1]
-    dlow = tl.dot(as_operand(draw, WIDTH), weight, input_precision=PRECISION)
+    C: tl.constexpr = draw.shape[2]
+    # As in as_operand, but a lane owns 4 of every 16 columns.
+    draw = tl.permute(tl.reshape(draw, (T, Q, C // 16, 4, 4 // WIDTH, WIDTH)), (0, 1, 2, 4, 3, 5))
+    dlow = tl.dot(tl.reshape(draw, (T * Q, C)), weight, input_precision=PRECISION)
     dlow = tl.permute(tl.reshape(dlow, (T, Q, BLOCK_R // 8, 4, 2)), (0, 1, 3, 2, 4))
     return tl.reshape(dlow, (T, Q, BLOCK_R))
 
@@ -301,7 +264,7 @@ def store_low_rank(p_first, dlow, o_row, m_token, STRIDE: tl.constexpr, R: tl.co
     """Stores (T, Q, BLOCK_R), of which R are kept, to rows ``STRIDE`` apart."""
     BLOCK_R: tl.constexpr = dlow.shape[2]
     W: tl.constexpr = 4 if STRIDE % 4 == 0 and R % 4 == 0 else (2 if STRIDE % 2 == 0 and R % 2 == 0 else 1)
-    o_lane = _lane_offsets(BLOCK_R // 4, W)
+    o_lane = _rank_offsets(BLOCK_R, W)
     dlow = tl.reshape(dlow.to(p_first.dtype.element_ty), (dlow.shape[0], dlow.shape[1], 4, BLOCK_R // (4 * W), W))
     tl.store(
         _lane_pointers(p_first, o_row, o_lane, STRIDE),
@@ -311,28 +274,26 @@ def store_low_rank(p_first, dlow, o_row, m_token, STRIDE: tl.constexpr, R: tl.co
 
 
 @triton.jit
-def load_rate(p_rate, m_sequence, i_first, i_direction, n, D: tl.constexpr, N: tl.constexpr, V: tl.constexpr):
-    """Rates (Q, C) of state n, the same for every sequence: a decay is exp2(-v rate).
+def load_rate(p_rate, i_first, i_direction, n, D: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, V: tl.constexpr):
+    """Rates (Q, C) of state n, the same for every group: a decay is exp2(-v rate).
 
     p_rate is (4, N, D) or, if there is one state, its logarithm, the parameter itself.
     """
-    o_row = tl.zeros(m_sequence.shape, tl.int32) + (i_direction * N + n)
-    rate = load_rows(p_rate, o_row, m_sequence, i_first, D, D, V).to(tl.float32)
+    rate = load_rows(p_rate, i_direction * N + n, i_first, D, Q, V).to(tl.float32)
     if N == 1:
         rate = tl.exp2(rate * LOG2_E)
     return rate
 
 
 @triton.jit
-def raw_steps(low_rank, m_token, weight, bias, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """Step sizes before softplus, times log2(e), (T, Q, C). Masked tokens make no step."""
+def raw_steps(low_rank, weight, bias, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """Step sizes before softplus, times log2(e), (T, Q, C)."""
     T: tl.constexpr = low_rank.shape[0]
     Q: tl.constexpr = low_rank.shape[1]
     C: tl.constexpr = weight.shape[1]
-    start = bias[None, :] + tl.where(tl.reshape(m_token, (T * Q,)), 0.0, _NO_STEP)[:, None]
-    low_rank = round_tf32(as_operand(low_rank, WIDTH), PRECISION)
-    raw = tl.dot(low_rank, weight, start, input_precision=PRECISION)
-    raw = tl.permute(tl.reshape(raw, (T, Q, C // 8, 4, 2)), (0, 1, 3, 2, 4))
+    low_rank = as_factor(as_operand(low_rank, WIDTH), weight.dtype, PRECISION)
+    raw = tl.dot(low_rank, weight, tl.broadcast_to(bias[None, :], (T * Q, C)), input_precision=PRECISION)
+    raw = tl.permute(tl.reshape(raw, (T, Q, C // 16, 2, 4, 2)), (0, 1, 2, 4, 3, 5))
     return tl.reshape(raw, (T, Q, C))
 
 
@@ -363,37 +324,86 @@ def set_row(tile, token, TOKEN: tl.constexpr):
 
 
 @triton.jit
-def scan_states(decay, value, state):
-    """States (T, Q, C) of a tile, and the last one (Q, C), from the state that enters it."""
-    states = value
-    for t in tl.static_range(decay.shape[0]):
-        state = row(decay, t) * state + row(value, t)
-        states = set_row(states, state, t)
-    return states, state
+def end_state(decay, value, REVERSE: tl.constexpr):
+    """State (Q, C) after the tokens of a lane, from a zero state."""
+    T: tl.constexpr = decay.shape[0]
+    state = row(value, T - 1 if REVERSE else 0)
+    for i in tl.static_range(1, T):
+        state = row(decay, T - 1 - i if REVERSE else i) * state + row(value, T - 1 - i if REVERSE else i)
+    return state
 
 
 @triton.jit
-def scan_states_and_inflow(decay, value, state):
+def end_flow(decay, value, REVERSE: tl.constexpr):
+    """Adjoint flow (Q, C) that leaves the tokens of a lane if none enters: ``decay[t] (value[t] + flow)``."""
+    T: tl.constexpr = decay.shape[0]
+    flow = row(decay, 0 if REVERSE else T - 1) * row(value, 0 if REVERSE else T - 1)
+    for i in tl.static_range(1, T):
+        flow = row(decay, i if REVERSE else T - 1 - i) * (row(value, i if REVERSE else T - 1 - i) + flow)
+    return flow
+
+
+@triton.jit
+def _of_partner(rows, LEVEL: tl.constexpr):
+    """What the group that differs in bit ``LEVEL`` has in ``rows`` (Q, C): one shuffle, in whatever layout.
+
+    The sum without carry of both, less the own one; the compiler sees that nothing has to be added.
+    """
+    Q: tl.constexpr = rows.shape[0]
+    C: tl.constexpr = rows.shape[1]
+    bits = tl.reshape(rows.to(tl.int32, bitcast=True), (Q // 2 ** (LEVEL + 1), 2, 2**LEVEL, C))
+    bits = tl.xor_sum(bits, axis=1, keep_dims=True) ^ bits
+    return tl.reshape(bits, (Q, C)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scan_groups(decay, state, REVERSE: tl.constexpr):
+    """From the decay and own end state (Q, C) of each group: both of all groups, and of all before each.
+
+    "Before" is in the order of the scan; the last group is the first one in a ``REVERSE`` scan.
+    """
+    Q: tl.constexpr = state.shape[0]
+    i_group = tl.arange(0, Q)[:, None]
+    i_order = Q - 1 - i_group if REVERSE else i_group
+    decay_before, state_before = tl.full(state.shape, 1.0, tl.float32), tl.zeros(state.shape, tl.float32)
+    for level in tl.static_range(3):
+        is_late = (i_order & 2**level) != 0
+        decay_partner, state_partner = _of_partner(decay, level), _of_partner(state, level)
+        state_before = tl.where(is_late, decay_before * state_partner + state_before, state_before)
+        decay_before = tl.where(is_late, decay_before * decay_partner, decay_before)
+        early = tl.where(is_late, state_partner, state)
+        state = tl.where(is_late, decay, decay_partner) * early + tl.where(is_late, state, state_partner)
+        decay *= decay_partner
+    return state, decay_before, state_before
+
+
+@triton.jit
+def enter_groups(decay, state, entering, REVERSE: tl.constexpr):
+    """States (Q, C) that enter the groups, from what enters the first."""
+    _, decay_before, state_before = scan_groups(decay, state, REVERSE)
+    return decay_before * entering + state_before
+
+
+@triton.jit
+def scan_states(decay, value, state, REVERSE: tl.constexpr):
     """States (T, Q, C) and the part ``decay[t] state[t - 1]`` of each, without cancellation."""
+    T: tl.constexpr = decay.shape[0]
     states, inflows = value, value
-    for t in tl.static_range(decay.shape[0]):
-        inflow = row(decay, t) * state
-        state = inflow + row(value, t)
-        inflows = set_row(inflows, inflow, t)
-        states = set_row(states, state, t)
+    for i in tl.static_range(T):
+        inflow = row(decay, T - 1 - i if REVERSE else i) * state
+        state = inflow + row(value, T - 1 - i if REVERSE else i)
+        inflows = set_row(inflows, inflow, T - 1 - i if REVERSE else i)
+        states = set_row(states, state, T - 1 - i if REVERSE else i)
     return states, inflows
 
 
 @triton.jit
-def scan_adjoint(decay, value, flow):
-    """Gradients ``G[t] = value[t] + decay[t + 1] G[t + 1]`` (T, Q, C) of the states, and ``decay[0] G[0]`` (Q, C).
-
-    ``flow`` (Q, C) enters at the last token.
-    """
+def scan_adjoint(decay, value, flow, REVERSE: tl.constexpr):
+    """Gradients ``G[t] = value[t] + decay[t + 1] G[t + 1]`` (T, Q, C) of the states; ``flow`` (Q, C) enters."""
     grads = value
     T: tl.constexpr = decay.shape[0]
     for i in tl.static_range(T):
-        grad = row(value, T - 1 - i) + flow
-        flow = row(decay, T - 1 - i) * grad
-        grads = set_row(grads, grad, T - 1 - i)
-    return grads, flow
+        grad = row(value, i if REVERSE else T - 1 - i) + flow
+        flow = row(decay, i if REVERSE else T - 1 - i) * grad
+        grads = set_row(grads, grad, i if REVERSE else T - 1 - i)
+    return grads
