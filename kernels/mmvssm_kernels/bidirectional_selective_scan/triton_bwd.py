@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_scan import LN_2, softplus_slope
+from ..triton_scan import LN_2, softplus
 from .op import bidirectional_selective_scan_op
 from .triton_launch import RUN_TIME_SIZES, Launch, adjacent_channels
 from .triton_reduce import finish, project_backward
@@ -27,6 +27,7 @@ from .triton_tile import (
     of_states,
     over_channels,
     over_states,
+    raw_step_sizes,
     sigmoid,
     silu,
     split_both_dot,
@@ -34,7 +35,6 @@ from .triton_tile import (
     state_axes,
     state_pointers,
     state_rates,
-    step_sizes,
     store_of_channels,
     store_of_states,
     tile_tokens,
@@ -114,6 +114,12 @@ def _summarize(flow, rate, p_dt, p_w, p_C, o_local, o_state, N: tl.constexpr):
 
 
 @triton.jit
+def _fold_rows(tile):
+    """Sums (8, C) of every eighth row of (T, C), which the same lane holds."""
+    return tl.sum(tl.reshape(tile, (tile.shape[0] // 8, 8, tile.shape[1])), axis=0)
+
+
+@triton.jit
 def _walk(
     p_xz,
     p_dout,
@@ -187,11 +193,12 @@ def _walk(
     p_summary += i_sequence * n_segments * N * channels
     p_step += i_sequence * n_segments * channels
     p_partial += ((i_batch * n_segments + i_segment) * K + i_direction) * n_partial * channels
-    p_dt = p_scratch + i_program * (5 * T * C)
+    p_dt = p_scratch + i_program * (6 * T * C)
     p_u = p_dt + T * C
     p_w = p_u + T * C
     p_q = p_w + T * C
     p_r = p_q + T * C
+    p_slope = p_r + T * C
     p_enter += i_program * (T // 4 * N * C)
 
     o_channel, m_channel = block_channels(i_block, channels, C)
@@ -215,14 +222,15 @@ def _walk(
         )
     dA = tl.zeros(rate.shape, tl.float32)
     steps = tl.zeros((C,), tl.float32)
-    dbias = tl.zeros((C,), tl.float32)
-    dskip = tl.zeros((C,), tl.float32)
-    dweight = tl.zeros((BLOCK_R, C), tl.float32)
+    dbias = tl.zeros((8, C), tl.float32)
+    dskip = tl.zeros((8, C), tl.float32)
+    dweight = tl.zeros((C, BLOCK_R), tl.float32)
     for i in range(n_own):
         i_tile = i_first + n_own - 1 - i
         o_scan, o_token = tile_tokens(i_tile, n_all, T, REVERSE)
         m_token = o_token < length
-        low_rank, dt = step_sizes(p_projected, weight, bias, o_scan, rank, ROW, BLOCK_R, PRECISION)
+        low_rank, raw = raw_step_sizes(p_projected, weight, bias, o_scan, rank, ROW, BLOCK_R, PRECISION)
+        dt = softplus(raw)
         tl.store(p_dt + o_tile, dt)
         z = load_rows(p_z, o_token, m_token, o_channel, m_channel, stride_x_token)
         dout = scale * load_rows(p_dout, o_token, m_token, o_channel, m_channel, stride_dout_token)
@@ -239,8 +247,9 @@ def _walk(
                 tl.store(p_tile, dz.to(p_dz.dtype.element_ty), mask=m_token[:, None] & m_channel[None, :])
             conv = convolve(p_x, p_taps, o_token, length, o_channel, m_channel, channels, stride_x_token, REVERSE, W)
             u = silu(conv)
-            dskip += tl.sum(u * w, axis=0)
+            dskip += _fold_rows(u * w)
             tl.store(p_u + o_tile, u)
+            tl.store(p_slope + o_tile, sigmoid(raw))
         tl.debug_barrier()  # other lanes read what is stored above, here and below
         p_B = p_projected + i_tile * T * ROW + RANK
         if SUMMARY:
@@ -292,18 +301,21 @@ def _walk(
                     flow, dA, h0, h1, a0, dt0, v0, rate, p_a, p_c, p_d, p_b, p_g, o_local, o_state, N,
                 )  # fmt: skip
             tl.debug_barrier()
-            dt = tl.load(p_dt + o_tile)
             q = tl.load(p_q + o_tile)
-            draw = (tl.load(p_u + o_tile) * q + LN_2 * tl.load(p_r + o_tile)) * softplus_slope(dt)
-            du = dt * q + skip[None, :] * tl.load(p_w + o_tile)
+            draw = (tl.load(p_u + o_tile) * q + LN_2 * tl.load(p_r + o_tile)) * tl.load(p_slope + o_tile)
+            tl.store(p_r + o_tile, draw)
+            du = tl.load(p_dt + o_tile) * q + skip[None, :] * tl.load(p_w + o_tile)
             p_tile = p_du + o_token[:, None] * channels + o_channel[None, :]
             tl.store(p_tile, du.to(p_du.dtype.element_ty), mask=m_channel[None, :])
-            dbias += tl.sum(draw, axis=0)
+            dbias += _fold_rows(draw)
+            tl.debug_barrier()
+            # Loaded again for the products: the compiler would compute it once more in the layout of their operands.
+            draw = tl.load(p_r + o_tile)
             o_rank = tl.arange(0, BLOCK_R)
             dlow_rank = split_dot(draw, tl.trans(weight), tl.zeros((T, BLOCK_R), tl.float32), PRECISION)
             p_low = p_dprojected + o_scan[:, None] * STEP + o_rank[None, :]
             tl.store(p_low, dlow_rank, mask=(o_rank < rank)[None, :])
-            dweight = split_both_dot(tl.trans(low_rank), draw, dweight, weight.dtype, PRECISION)
+            dweight = split_both_dot(tl.trans(draw), low_rank, dweight, weight.dtype, PRECISION)
     if SUMMARY:
         tl.store(state_pointers(p_summary + i_segment * N * channels, o_state, o_owned, N), flow, mask=m_states)
         tl.store(p_step + i_segment * channels + o_channel, steps, mask=m_channel)
@@ -313,10 +325,10 @@ def _walk(
         tl.store(p_dA, dA * (rate * LN_2), mask=m_states)
         p_partial += N * channels + o_channel
         o_rank = tl.arange(0, BLOCK_R)
-        m_weight = (o_rank < rank)[:, None] & m_channel[None, :]
-        tl.store(p_partial[None, :] + o_rank[:, None] * channels, dweight, mask=m_weight)
-        tl.store(p_partial + rank * channels, dbias, mask=m_channel)
-        tl.store(p_partial + (rank + 1) * channels, dskip, mask=m_channel)
+        m_weight = (o_rank < rank)[None, :] & m_channel[:, None]
+        tl.store(p_partial[:, None] + o_rank[None, :] * channels, dweight, mask=m_weight)
+        tl.store(p_partial + rank * channels, tl.sum(dbias, axis=0), mask=m_channel)
+        tl.store(p_partial + (rank + 1) * channels, tl.sum(dskip, axis=0), mask=m_channel)
 
 
 @triton.jit(do_not_specialize=RUN_TIME_SIZES)
@@ -485,9 +497,9 @@ def bidirectional_backward(
     summary, steps = launch.summaries(segments)
     block, tile = constants["CR"] * constants["CL"], constants["T"]
     programs = grid[0] * grid[1] * grid[2]
-    scratch = launch.empty(programs, 5, tile, block)
+    scratch = launch.empty(programs, 6, tile, block)
     enter = launch.empty(programs, tile // 4, block, launch.state)
-    # In float32: its rounding is what the gradients of small models suffer from most.
+    # In float32: roundings of du and of the low-rank values are what small models' gradients suffer from.
     du = launch.empty(*sequences, launch.padded, channels)
     dxz = launch.empty(batch, length, 2 * channels, dtype=xz.dtype)
     dprojected = launch.empty(grid[0], *sequences, launch.padded, launch.row)

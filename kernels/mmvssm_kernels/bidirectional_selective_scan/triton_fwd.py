@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_scan import softplus
 from .triton_launch import RUN_TIME_SIZES, Launch
 from .triton_project import project
 from .triton_tile import (
@@ -24,11 +25,11 @@ from .triton_tile import (
     of_channels,
     of_states,
     over_states,
+    raw_step_sizes,
     silu,
     state_axes,
     state_pointers,
     state_rates,
-    step_sizes,
     store_of_channels,
     tile_tokens,
 )
@@ -125,7 +126,8 @@ def _walk(
         i_tile = i_first + i
         o_scan, o_token = tile_tokens(i_tile, n_all, T, REVERSE)
         m_token = o_token < length
-        _, dt = step_sizes(p_projected, weight, bias, o_scan, rank, ROW, BLOCK_R, PRECISION)
+        _, raw = raw_step_sizes(p_projected, weight, bias, o_scan, rank, ROW, BLOCK_R, PRECISION)
+        dt = softplus(raw)
         conv = convolve(p_x, p_taps, o_token, length, o_channel, m_channel, channels, stride_x_token, REVERSE, W)
         u = silu(conv)
         tl.store(p_dt + o_tile, dt)

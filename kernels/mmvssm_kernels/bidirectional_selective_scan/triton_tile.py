@@ -12,7 +12,7 @@ after padding to whole tiles; rows of the padding are zero.
 import triton
 import triton.language as tl
 
-from ..triton_scan import LOG2_E, softplus
+from ..triton_scan import LOG2_E
 
 
 @triton.jit
@@ -93,8 +93,8 @@ def split_both_dot(left, right, total, dtype: tl.constexpr, PRECISION: tl.conste
 
 
 @triton.jit
-def step_sizes(p_projected, weight, bias, o_scan, rank, ROW: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION):
-    """Low-rank values (T, R) and step sizes (T, C) of a tile.
+def raw_step_sizes(p_projected, weight, bias, o_scan, rank, ROW: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION):
+    """Low-rank values (T, R) and step sizes (T, C) of a tile before their softplus.
 
     Tokens of the padding have step sizes too, but input and output weights of zero: before the first token in scan
     order they leave the state zero, after the last one nobody reads it, and no gradient flows through either.
@@ -102,7 +102,7 @@ def step_sizes(p_projected, weight, bias, o_scan, rank, ROW: tl.constexpr, BLOCK
     o_rank = tl.arange(0, BLOCK_R)
     low_rank = tl.load(p_projected + o_scan[:, None] * ROW + o_rank[None, :], mask=(o_rank < rank)[None, :], other=0.0)
     raw = split_dot(low_rank, weight, tl.zeros((o_scan.shape[0], bias.shape[0]), tl.float32), PRECISION)
-    return low_rank, softplus(raw + bias[None, :])
+    return low_rank, raw + bias[None, :]
 
 
 @triton.jit
