@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ..triton_scan import LN_2, softplus
 from .op import bidirectional_selective_scan_op
+from .triton_carry import carry
 from .triton_launch import RUN_TIME_SIZES, Launch, adjacent_channels
 from .triton_reduce import finish, project_backward
 from .triton_tile import (
     block_channels,
-    carry_in,
     convolve,
+    lane_pointers,
     load_rows,
     load_step_weight,
     load_vector,
@@ -28,6 +29,7 @@ from .triton_tile import (
     over_channels,
     over_states,
     raw_step_sizes,
+    scan_segment,
     sigmoid,
     silu,
     split_both_dot,
@@ -35,14 +37,16 @@ from .triton_tile import (
     state_axes,
     state_pointers,
     state_rates,
-    store_of_channels,
     store_of_states,
     tile_tokens,
 )
 
-# Registers of a thread that let 12 programs run on a multiprocessor, and programs that fill a large GPU once.
+# Registers of a thread that let 12 programs run on a multiprocessor, programs that fill a large GPU once, channels of a
+# lane, and lanes that share a channel's states.
 _MAX_REGISTERS = 168
 _ENOUGH_PROGRAMS = 12 * 132
+_OWN_CHANNELS = 2
+_STATE_LANES = 4
 
 
 @triton.jit
@@ -86,7 +90,7 @@ def _backward(
     """Over one token: the flow that leaves it and the sum of gradients of the decay rates.
 
     ``before`` and ``state`` are the states in front of and behind the token, ``flow`` is what reaches the latter from
-    the next one. Stores the sums over states ``grad B`` and ``flow before rate`` (CR, CL), and dB and dC (NR, NL).
+    the next one. Stores the sums over states ``grad B`` and ``flow before rate`` (CR, CL), and dB and dC (NR, NG, NL).
     """
     w = tl.load(p_w + o_local)
     B = load_weights(p_B, o_state, N)
@@ -99,10 +103,12 @@ def _backward(
     r = over_states(through * rate)
     dB = over_channels(grad * of_channels(dt_u))
     dC = over_channels(state * of_channels(w))
-    store_of_channels(p_q, q, o_local.shape[0], o_local.shape[1])
-    store_of_channels(p_r, r, o_local.shape[0], o_local.shape[1])
-    store_of_states(p_dB, dB, N, o_state.shape[0], o_state.shape[1])
-    store_of_states(p_dB + N, dC, N, o_state.shape[0], o_state.shape[1])
+    p_q = lane_pointers(p_q, o_local, o_state.shape[2])
+    p_r = lane_pointers(p_r, o_local, o_state.shape[2])
+    tl.store(p_q, tl.broadcast_to(q[:, None, :], p_q.shape))
+    tl.store(p_r, tl.broadcast_to(r[:, None, :], p_r.shape))
+    store_of_states(p_dB, dB, o_state, N)
+    store_of_states(p_dB + N, dC, o_state, N)
     return flow, dA
 
 
@@ -160,6 +166,7 @@ def _walk(
     SEGMENTED: tl.constexpr,
     T: tl.constexpr,
     NR: tl.constexpr,
+    NG: tl.constexpr,
     CR: tl.constexpr,
     NL: tl.constexpr,
     CL: tl.constexpr,
@@ -203,23 +210,22 @@ def _walk(
 
     o_channel, m_channel = block_channels(i_block, channels, C)
     o_tile = tl.arange(0, T)[:, None] * C + tl.max_contiguous(tl.arange(0, C), 4)[None, :]
-    o_state, o_local = state_axes(NR, CR, NL, CL)
+    o_state, o_local = state_axes(NR, NG, CR, NL, CL)
     o_owned = i_block * C + o_local
     m_owned = (o_owned < channels) | (channels % C == 0)
-    m_exists = of_states((o_state < N) | (NR * NL == N))
+    m_exists = of_states((o_state < N) | (NR * NG * NL == N))
     m_states = of_channels(m_owned) & m_exists
     rate = state_rates(p_A_log, o_state, o_owned, m_states, N)
     weight = load_step_weight(p_dt_weight, o_channel, m_channel, rank, BLOCK_R, p_xz.dtype.element_ty)
     bias = load_vector(p_dt_bias, o_channel, m_channel)
     skip = load_vector(p_skip, o_channel, m_channel)
-    n_own = tl.minimum(n_tiles, n_all - i_segment * n_tiles)
-    i_first = n_all - i_segment * n_tiles - n_own if REVERSE else i_segment * n_tiles
+    i_first, n_own, i_scan = scan_segment(i_segment, n_segments, n_tiles, n_all, REVERSE)
+    i_back = n_segments - 1 - i_scan
     flow = tl.zeros(rate.shape, tl.float32)
     if SEGMENTED and not SUMMARY:
-        ORDER: tl.constexpr = not REVERSE
-        flow = carry_in(
-            p_summary, p_step, rate, i_segment, n_segments, o_state, o_owned, m_states, m_owned, channels, N, ORDER
-        )
+        # What the segment behind this one in scan order hands on.
+        p_flow = state_pointers(p_summary + (i_back - 1) * N * channels, o_state, o_owned, N)
+        flow = tl.load(p_flow, mask=m_states & (i_back > 0), other=0.0)
     dA = tl.zeros(rate.shape, tl.float32)
     steps = tl.zeros((C,), tl.float32)
     dbias = tl.zeros((8, C), tl.float32)
@@ -317,8 +323,8 @@ def _walk(
             tl.store(p_low, dlow_rank, mask=(o_rank < rank)[None, :])
             dweight = split_both_dot(tl.trans(draw), low_rank, dweight, weight.dtype, PRECISION)
     if SUMMARY:
-        tl.store(state_pointers(p_summary + i_segment * N * channels, o_state, o_owned, N), flow, mask=m_states)
-        tl.store(p_step + i_segment * channels + o_channel, steps, mask=m_channel)
+        tl.store(state_pointers(p_summary + i_back * N * channels, o_state, o_owned, N), flow, mask=m_states)
+        tl.store(p_step + i_back * channels + o_channel, steps, mask=m_channel)
     else:
         # A = -exp(A_log), so the gradient of A_log is A times that of A.
         p_dA = p_partial + of_states(o_state) * channels + of_channels(o_owned)
@@ -375,6 +381,7 @@ def bidirectional_selective_scan_bwd_kernel_scan(
     SEGMENTED: tl.constexpr,
     T: tl.constexpr,
     NR: tl.constexpr,
+    NG: tl.constexpr,
     CR: tl.constexpr,
     NL: tl.constexpr,
     CL: tl.constexpr,
@@ -427,6 +434,7 @@ def bidirectional_selective_scan_bwd_kernel_scan(
             SEGMENTED,
             T,
             NR,
+            NG,
             CR,
             NL,
             CL,
@@ -474,6 +482,7 @@ def bidirectional_selective_scan_bwd_kernel_scan(
             SEGMENTED,
             T,
             NR,
+            NG,
             CR,
             NL,
             CL,
@@ -493,7 +502,9 @@ def bidirectional_backward(
     dout = adjacent_channels(dout)
     batch, length, channels = launch.batch, launch.length, launch.channels
     sequences = (launch.directions, batch)
-    grid, n_tiles, segments, constants = launch.plan(_MAX_REGISTERS, _ENOUGH_PROGRAMS, launch.directions)
+    grid, n_tiles, segments, constants = launch.plan(
+        _OWN_CHANNELS, _STATE_LANES, _MAX_REGISTERS, _ENOUGH_PROGRAMS, launch.directions
+    )
     summary, steps = launch.summaries(segments)
     block, tile = constants["CR"] * constants["CL"], constants["T"]
     programs = grid[0] * grid[1] * grid[2]
@@ -509,9 +520,17 @@ def bidirectional_backward(
     sizes = (launch.length, launch.channels, launch.rank, launch.tiles, n_tiles, segments)
     arguments = (*tensors, partial, *members[0], *members[-1], scale, *sizes)
     arguments += (*launch.xz.stride()[:2], *dout.stride()[:2], partial.shape[2])
-    constants |= dict(K=launch.directions, SEGMENTED=segments > 1)
+    constants |= dict(
+        K=launch.directions,
+        SEGMENTED=segments > 1,
+        W=launch.width,
+        RANK=launch.row - 2 * launch.state,
+        BLOCK_R=max(16, triton.next_power_of_2(launch.rank)),
+        PRECISION=launch.precision,
+    )
     if segments > 1:
         bidirectional_selective_scan_bwd_kernel_scan[grid](*arguments, SUMMARY=True, **constants)
+        carry(launch, summary, steps)
     bidirectional_selective_scan_bwd_kernel_scan[grid](*arguments, SUMMARY=False, **constants)
     dprojected = dprojected.sum(0) if grid[0] > 1 else dprojected[0]
     return dxz, finish(launch, partial, *project_backward(launch, dprojected, du, dxz, taps))

@@ -1,174 +1,192 @@
-"""Vim's inner block, Triton forward pass: both convolutions with SiLU and both projections from one read of x."""
+"""Vim's inner block, Triton forward pass: what needs no recurrence, of both directions from one read of x.
+
+These are the convolutions with SiLU, the projections to low-rank step sizes and to the weights B and C of every token,
+and the step sizes. What the scans read for every token and channel is left in the dtype of the inputs.
+"""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_scan import softplus
 from .op import TILE
 from .triton_launch import register_limit
-from .triton_tile import load_rows, load_vector, silu, split_dot
+from .triton_tile import block_channels, load_step_weight, load_vector, silu, split_dot
+
+# Tokens and warps of a program, channels of a step of it (fewer for float32), and registers of a thread.
+_TOKENS = 32
+_WARPS = 4
+_CHANNELS = 64
+_REGISTERS = 128
 
 
 @triton.jit
-def _convolve(p_x, p_weight, p_bias, o_token, length, o_channel, m_channel, stride_token, REVERSE, W: tl.constexpr):
-    """Convolution (T, C) in float32 before its SiLU."""
-    weighted = tl.zeros((o_token.shape[0], o_channel.shape[0]), tl.float32)
-    weighted += load_vector(p_bias, o_channel, m_channel)[None, :]
-    for k in tl.static_range(W):
-        o_tap = o_token + (W - 1 - k) if REVERSE else o_token - (W - 1 - k)
-        x = load_rows(p_x, o_tap, (o_tap >= 0) & (o_tap < length), o_channel, m_channel, stride_token)
-        weighted += x * load_vector(p_weight + k, o_channel * W, m_channel)[None, :]
-    return weighted
-
-
-@triton.jit
-def _project_direction(
-    p_x,
-    p_projected,
-    p_taps,
-    p_conv_weight,
-    p_conv_bias,
-    p_x_weight,
-    length,
-    channels,
-    rank,
-    n_all,
-    stride_token,
-    N: tl.constexpr,
-    W: tl.constexpr,
-    RANK: tl.constexpr,
-    REVERSE: tl.constexpr,
-    T: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _add_projections(
+    low_rank, weights, conv, m_token, p_u, p_weight, rank, o_tile, m_tile, o_channel, m_channel, channels, P, PRECISION
 ):
-    ROW: tl.constexpr = RANK + 2 * N
-    o_token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    m_token = o_token < length
-    o_row = tl.arange(0, BLOCK_P)
-    # Column of a row of projections; those between rank and RANK stay zero.
-    o_weight = tl.where(o_row < RANK, o_row, o_row - RANK + rank)
-    m_row = (o_row < rank) | ((o_row >= RANK) & (o_row < ROW))
-    projected = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
-    writes_taps = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
-    for i in range(tl.cdiv(channels, BLOCK_C)):
-        o_channel = i * BLOCK_C + tl.arange(0, BLOCK_C)
-        m_channel = o_channel < channels
-        conv = _convolve(
-            p_x, p_conv_weight, p_conv_bias, o_token, length, o_channel, m_channel, stride_token, REVERSE, W
-        )
-        # Padding after the last token projects to zero.
-        u = tl.where(m_token[:, None], silu(conv), 0.0)
-        weight = tl.load(
-            p_x_weight + o_weight[None, :] * channels + o_channel[:, None],
-            mask=m_row[None, :] & m_channel[:, None],
-            other=0.0,
-        )
-        if writes_taps:
-            for k in tl.static_range(W):
-                tap = load_vector(p_conv_weight + k, o_channel * W, m_channel)
-                tl.store(p_taps + k * channels + o_channel, tap, mask=m_channel)
-            bias = load_vector(p_conv_bias, o_channel, m_channel)
-            tl.store(p_taps + W * channels + o_channel, bias, mask=m_channel)
-        projected = split_dot(u, weight.to(p_x.dtype.element_ty), projected, PRECISION)
-    o_scan = n_all * T - 1 - o_token if REVERSE else o_token
-    tl.store(
-        p_projected + o_scan[:, None] * ROW + o_row[None, :],
-        projected,
-        mask=(o_row < ROW)[None, :] & (o_token < n_all * T)[:, None],
-    )
+    """Stores u (T, C), and adds what these channels give to the low-rank values (T, R) and to B and C (T, 2N)."""
+    # Padding after the last token projects to zero.
+    u = tl.where(m_token[:, None], silu(conv), 0.0)
+    tl.store(p_u + o_tile, u.to(p_u.dtype.element_ty), mask=m_tile)
+    o_rank = tl.arange(0, low_rank.shape[1])
+    o_weight = tl.arange(0, weights.shape[1])
+    m_rank = (o_rank < rank)[None, :] & m_channel[:, None]
+    p_rank = p_weight + o_rank[None, :] * channels + o_channel[:, None]
+    to_rank = tl.load(p_rank, mask=m_rank, other=0.0).to(p_u.dtype.element_ty)
+    m_weight = (o_weight < P)[None, :] & m_channel[:, None]
+    p_weights = p_weight + (rank + o_weight)[None, :] * channels + o_channel[:, None]
+    to_weights = tl.load(p_weights, mask=m_weight, other=0.0).to(p_u.dtype.element_ty)
+    return split_dot(u, to_rank, low_rank, PRECISION), split_dot(u, to_weights, weights, PRECISION)
 
 
-@triton.jit(do_not_specialize=["length", "n_all"])
+@triton.jit
+def _store_projections(p_projected, o_row, m_row, low_rank, weights, RANK: tl.constexpr, P: tl.constexpr):
+    """Rows [low rank | B | C]."""
+    o_rank = tl.arange(0, low_rank.shape[1])
+    o_weight = tl.arange(0, weights.shape[1])
+    p_rows = p_projected + o_row.to(tl.int64)[:, None] * (RANK + P)
+    tl.store(p_rows + o_rank[None, :], low_rank, mask=m_row[:, None] & (o_rank < RANK)[None, :])
+    tl.store(p_rows + RANK + o_weight[None, :], weights, mask=m_row[:, None] & (o_weight < P)[None, :])
+
+
+@triton.jit
+def _store_steps(p_dt, low_rank, p_weight, p_bias, rank, o_tile, m_tile, o_channel, m_channel, PRECISION):
+    """Step sizes of a tile (T, C)."""
+    narrow = p_dt.dtype.element_ty
+    weight = load_step_weight(p_weight, o_channel, m_channel, rank, low_rank.shape[1], narrow)
+    bias = tl.broadcast_to(load_vector(p_bias, o_channel, m_channel)[None, :], o_tile.shape)
+    raw = split_dot(low_rank, weight, bias, PRECISION)
+    tl.store(p_dt + o_tile, softplus(raw).to(narrow), mask=m_tile)
+
+
+@triton.jit(do_not_specialize=["length", "n_all", "n_rows"])
 def bidirectional_selective_scan_fwd_kernel_project(
     p_x,
     p_projected,
+    p_u,
+    p_dt,
     p_taps,
     p_conv_weight,
     p_conv_bias,
     p_x_weight,
+    p_dt_weight,
+    p_dt_bias,
     p_conv_weight_b,
     p_conv_bias_b,
     p_x_weight_b,
+    p_dt_weight_b,
+    p_dt_bias_b,
     length,
-    channels,
+    channels: tl.constexpr,
     rank,
     n_all,
+    n_rows,
     stride_batch,
-    stride_token,
+    stride_token: tl.constexpr,
     N: tl.constexpr,
     W: tl.constexpr,
     RANK: tl.constexpr,
+    TWO: tl.constexpr,
+    KEEP: tl.constexpr,
     T: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Projections (K, B, padded L, row) in scan order, and weights and bias of the convolutions (K, W + 1, E)."""
-    i_batch = tl.program_id(1).to(tl.int64)
-    n_batch = tl.num_programs(1)
-    p_x += i_batch * stride_batch
-    stride_sequence = n_all * T * (RANK + 2 * N)
-    if tl.program_id(2) == 0:
-        _project_direction(
-            p_x,
-            p_projected + i_batch * stride_sequence,
-            p_taps,
-            p_conv_weight,
-            p_conv_bias,
-            p_x_weight,
-            length,
-            channels,
-            rank,
-            n_all,
-            stride_token,
-            N,
-            W,
-            RANK,
-            False,
-            T,
-            BLOCK_T,
-            BLOCK_C,
-            BLOCK_P,
-            PRECISION,
+    """Inputs and step sizes of the scans (K, B, padded L, E), and projections (K, B, padded L, row) in scan order.
+
+    With ``KEEP`` weights and biases of the convolutions (K, W + 1, E), too. A program owns ``BLOCK_T`` of all rows of
+    all sequences.
+    """
+    o_row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_row = o_row < n_rows
+    i_batch = o_row // (n_all * T)
+    o_token = o_row % (n_all * T)
+    m_token = m_row & (o_token < length)
+    p_rows = p_x + i_batch.to(tl.int64) * stride_batch + o_token.to(tl.int64) * stride_token
+    n_values = n_rows.to(tl.int64) * channels
+    low_rank = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    weights = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
+    low_rank_b = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    weights_b = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
+    for i in range(tl.cdiv(channels, BLOCK_C)):
+        o_channel, m_channel = block_channels(i, channels, BLOCK_C)
+        o_tile = o_row.to(tl.int64)[:, None] * channels + o_channel[None, :]
+        m_tile = m_row[:, None] & m_channel[None, :]
+        conv = tl.broadcast_to(load_vector(p_conv_bias, o_channel, m_channel)[None, :], (BLOCK_T, BLOCK_C))
+        conv_b = conv
+        if TWO:
+            conv_b = tl.broadcast_to(load_vector(p_conv_bias_b, o_channel, m_channel)[None, :], (BLOCK_T, BLOCK_C))
+        for k in tl.static_range(2 * W - 1 if TWO else W):
+            # The token k - (W - 1) after this one meets tap k of the forward convolution and W - 1 taps later, counted
+            # from the last, one of the backward convolution; both meet the token itself with their last tap.
+            o_tap = o_token + (k - (W - 1))
+            m_tap = m_row & (o_tap >= 0) & (o_tap < length)
+            p_tile = p_rows[:, None] + ((k - (W - 1)) * stride_token + o_channel[None, :])
+            x = tl.load(p_tile, mask=m_tap[:, None] & m_channel[None, :], other=0.0).to(tl.float32)
+            if k < W:
+                conv += x * load_vector(p_conv_weight + k, o_channel * W, m_channel)[None, :]
+            if TWO and k >= W - 1:
+                tap = load_vector(p_conv_weight_b + (2 * W - 2 - k), o_channel * W, m_channel)
+                conv_b += x * tap[None, :]
+        low_rank, weights = _add_projections(
+            low_rank, weights, conv, m_token, p_u, p_x_weight, rank, o_tile, m_tile, o_channel, m_channel, channels,
+            2 * N, PRECISION,
+        )  # fmt: skip
+        if TWO:
+            low_rank_b, weights_b = _add_projections(
+                low_rank_b, weights_b, conv_b, m_token, p_u + n_values, p_x_weight_b, rank, o_tile, m_tile, o_channel,
+                m_channel, channels, 2 * N, PRECISION,
+            )  # fmt: skip
+        if KEEP:
+            if tl.program_id(0) == 0:
+                for k in tl.static_range(W + 1):
+                    p_tap = p_taps + k * channels + o_channel
+                    is_bias: tl.constexpr = k == W
+                    p_own = p_conv_bias if is_bias else p_conv_weight + k
+                    tap = load_vector(p_own, o_channel if is_bias else o_channel * W, m_channel)
+                    tl.store(p_tap, tap, mask=m_channel)
+                    if TWO:
+                        p_own = p_conv_bias_b if is_bias else p_conv_weight_b + k
+                        tap = load_vector(p_own, o_channel if is_bias else o_channel * W, m_channel)
+                        tl.store(p_tap + (W + 1) * channels, tap, mask=m_channel)
+    _store_projections(p_projected, o_row, m_row, low_rank, weights, RANK, 2 * N)
+    if TWO:
+        # Scan order: every sequence's rows from the last to the first.
+        o_scan = n_rows + (i_batch + 1) * (n_all * T) - 1 - o_token
+        _store_projections(p_projected, o_scan, m_row, low_rank_b, weights_b, RANK, 2 * N)
+    for i in range(tl.cdiv(channels, BLOCK_C)):
+        o_channel, m_channel = block_channels(i, channels, BLOCK_C)
+        o_tile = o_row.to(tl.int64)[:, None] * channels + o_channel[None, :]
+        m_tile = m_row[:, None] & m_channel[None, :]
+        _store_steps(
+            p_dt, low_rank, p_dt_weight, p_dt_bias, rank, o_tile, m_tile, o_channel, m_channel, PRECISION
         )
-    else:
-        _project_direction(
-            p_x,
-            p_projected + (n_batch + i_batch) * stride_sequence,
-            p_taps + (W + 1) * channels,
-            p_conv_weight_b,
-            p_conv_bias_b,
-            p_x_weight_b,
-            length,
-            channels,
-            rank,
-            n_all,
-            stride_token,
-            N,
-            W,
-            RANK,
-            True,
-            T,
-            BLOCK_T,
-            BLOCK_C,
-            BLOCK_P,
-            PRECISION,
-        )
+        if TWO:
+            _store_steps(
+                p_dt + n_values, low_rank_b, p_dt_weight_b, p_dt_bias_b, rank, o_tile, m_tile, o_channel, m_channel,
+                PRECISION,
+            )  # fmt: skip
 
 
-def project(launch, projected: Tensor, taps: Tensor) -> None:
-    """Fill ``projected`` (K, B, padded L, row), and ``taps`` (K, W + 1, E): weights and biases of the convolutions."""
-    members = [p[:3] for p in launch.parameters]
+def project(launch, projected: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and step sizes of the scans (K, B, padded L, E), in the dtype of the inputs.
+
+    Fills ``projected`` (K, B, padded L, row), and ``taps`` (K, W + 1, E), weights and biases of the convolutions, unless
+    that is empty.
+    """
+    sizes = (launch.directions, launch.batch, launch.padded, launch.channels)
+    u, dt = (launch.empty(*sizes, dtype=launch.xz.dtype) for _ in range(2))
+    members = [p[:5] for p in launch.parameters]
     is_narrow = launch.xz.element_size() == 2
-    block_tokens = 32
-    grid = (triton.cdiv(launch.tiles * TILE, block_tokens), launch.batch, launch.directions)
-    bidirectional_selective_scan_fwd_kernel_project[grid](
+    rows = launch.batch * launch.padded
+    bidirectional_selective_scan_fwd_kernel_project[(triton.cdiv(rows, _TOKENS),)](
         launch.xz,
         projected,
+        u,
+        dt,
         taps,
         *members[0],
         *members[-1],
@@ -176,17 +194,22 @@ def project(launch, projected: Tensor, taps: Tensor) -> None:
         launch.channels,
         launch.rank,
         launch.tiles,
+        rows,
         *launch.xz.stride()[:2],
         N=launch.state,
         W=launch.width,
         RANK=launch.row - 2 * launch.state,
+        TWO=launch.directions == 2,
+        KEEP=taps.numel() > 0,
         T=TILE,
-        BLOCK_T=block_tokens,
-        BLOCK_C=64 if is_narrow else 32,
-        BLOCK_P=max(16, triton.next_power_of_2(launch.row)),
+        BLOCK_T=_TOKENS,
+        BLOCK_C=_CHANNELS if is_narrow else 32,
+        BLOCK_R=max(16, triton.next_power_of_2(launch.rank)),
+        BLOCK_P=max(16, triton.next_power_of_2(2 * launch.state)),
         PRECISION=launch.precision,
-        num_warps=4,
+        num_warps=_WARPS,
         num_stages=1,
         # So that four programs fit on a multiprocessor; exact float32 products and many states need the registers.
-        **(register_limit(128) if is_narrow and launch.block_rows <= 64 else {}),
+        **(register_limit(_REGISTERS) if is_narrow and launch.block_rows <= 64 else {}),
     )
+    return u, dt

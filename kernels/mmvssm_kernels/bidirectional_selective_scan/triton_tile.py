@@ -118,38 +118,52 @@ def convolve(p_x, p_taps, o_token, length, o_channel, m_channel, channels, strid
 
 
 @triton.jit
-def state_axes(NR: tl.constexpr, CR: tl.constexpr, NL: tl.constexpr, CL: tl.constexpr):
-    """States (NR, NL) and channels (CR, CL) of a block, from zero: a lane's own NR states and CR channels are adjacent.
+def state_axes(NR: tl.constexpr, NG: tl.constexpr, CR: tl.constexpr, NL: tl.constexpr, CL: tl.constexpr):
+    """States (NR, NG, NL) and channels (CR, CL) of a block, from zero.
 
-    Tiles of states are (NR, CR, NL, CL), where NL CL = 32 lanes.
+    Tiles of states are (NR, NG, CR, NL, CL), where NL CL = 32 lanes: a lane has CR adjacent channels, and of each NG
+    groups of NR adjacent states.
     """
-    o_state = tl.arange(0, NL)[None, :] * NR + tl.arange(0, NR)[:, None]
+    o_group = tl.arange(0, NG)[:, None] * NL + tl.arange(0, NL)[None, :]
+    o_state = o_group[None, :, :] * NR + tl.arange(0, NR)[:, None, None]
     o_local = tl.arange(0, CL)[None, :] * CR + tl.arange(0, CR)[:, None]
     return o_state, o_local
 
 
 @triton.jit
 def of_states(values):
-    """Per-state values (NR, NL) for a tile of states."""
-    return values[:, None, :, None]
+    """Per-state values (NR, NG, NL) for a tile of states."""
+    return values[:, :, None, :, None]
 
 
 @triton.jit
 def of_channels(values):
     """Per-channel values (CR, CL) for a tile of states."""
-    return values[None, :, None, :]
+    return values[None, None, :, None, :]
+
+
+@triton.jit
+def of_lanes(values):
+    """Per-channel values (CR, NL, CL), one copy in every lane, for a tile of states."""
+    return values[None, None, :, :, :]
+
+
+@triton.jit
+def in_lanes(tile):
+    """Sum over the states of a lane, (CR, NL, CL)."""
+    return tl.sum(tl.sum(tile, axis=0), axis=0)
 
 
 @triton.jit
 def over_states(tile):
     """Sum over states, (CR, CL)."""
-    return tl.sum(tl.sum(tile, axis=0), axis=1)
+    return tl.sum(in_lanes(tile), axis=1)
 
 
 @triton.jit
 def over_channels(tile):
-    """Sum over channels, (NR, NL)."""
-    return tl.sum(tl.sum(tile, axis=1), axis=2)
+    """Sum over channels, (NR, NG, NL)."""
+    return tl.sum(tl.sum(tile, axis=2), axis=3)
 
 
 @triton.jit
@@ -159,7 +173,7 @@ def state_pointers(p_states, o_state, o_channel, N: tl.constexpr):
     The hint gives a lane adjacent states and puts lanes along the last two axes. It is about the order of the axes; a
     lane's accesses are as wide as the alignment allows, whatever it says.
     """
-    return tl.max_contiguous(p_states + of_channels(o_channel) * N + of_states(o_state), [16, 1, 4, 8])
+    return tl.max_contiguous(p_states + of_channels(o_channel) * N + of_states(o_state), [16, 1, 1, 4, 8])
 
 
 @triton.jit
@@ -171,61 +185,62 @@ def state_rates(p_A_log, o_state, o_channel, m_states, N: tl.constexpr):
 
 @triton.jit
 def load_weights(p_row, o_state, N: tl.constexpr):
-    """Input or output weights (NR, NL) of a token."""
-    if o_state.shape[0] * o_state.shape[1] == N:
+    """Input or output weights (NR, NG, NL) of a token."""
+    if o_state.numel == N:
         return tl.load(p_row + o_state)
     else:
         return tl.load(p_row + o_state, mask=o_state < N, other=0.0)
 
 
 @triton.jit
-def store_of_channels(p_row, values, CR: tl.constexpr, CL: tl.constexpr):
-    """Store per-channel values (CR, CL), from all lanes that hold them.
+def lane_pointers(p_row, o_channel, NL: tl.constexpr):
+    """Pointers (CR, NL, CL) to per-channel values, one for every lane that holds them.
 
-    The tile of pointers has one for every lane, so that the compiler keeps the values where they are; a predicate for
-    one lane only would cost a branch.
+    So they have the layout of tiles of states, and nothing is exchanged between lanes.
     """
-    o_local = (tl.arange(0, CL)[None, :] * CR + tl.arange(0, CR)[:, None])[:, None, :]
-    pointers = tl.max_contiguous(tl.broadcast_to(p_row + o_local, (CR, 32 // CL, CL)), [16, 4, 8])
-    tl.store(pointers, tl.broadcast_to(values[:, None, :], pointers.shape))
+    shape: tl.constexpr = (o_channel.shape[0], NL, o_channel.shape[1])
+    return tl.max_contiguous(tl.broadcast_to(p_row + o_channel[:, None, :], shape), [16, 4, 8])
 
 
 @triton.jit
-def store_of_states(p_row, values, N: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr):
-    """Store per-state values (NR, NL) in the same way."""
-    o_state = tl.arange(0, NL)[None, :] * NR + tl.arange(0, NR)[:, None]
-    if NR * NL == 1:
+def load_of_channels(p_row, o_channel, m_channel, NL: tl.constexpr):
+    """Per-channel values (CR, NL, CL), a copy in every lane, zero where masked."""
+    pointers = lane_pointers(p_row, o_channel, NL)
+    return tl.load(pointers, mask=tl.broadcast_to(m_channel[:, None, :], pointers.shape), other=0.0)
+
+
+@triton.jit
+def store_of_channels(p_row, values, o_channel, m_channel, NL: tl.constexpr):
+    """Store per-channel values (CR, 1 or NL, CL), from all lanes that hold them.
+
+    A predicate for one lane of a channel only would cost a branch.
+    """
+    pointers = lane_pointers(p_row, o_channel, NL)
+    mask = tl.broadcast_to(m_channel[:, None, :], pointers.shape)
+    tl.store(pointers, tl.broadcast_to(values, pointers.shape), mask=mask)
+
+
+@triton.jit
+def store_of_states(p_row, values, o_state, N: tl.constexpr):
+    """Store per-state values (NR, NG, NL) in the same way."""
+    NL: tl.constexpr = o_state.shape[2]
+    if o_state.numel == 1:
         tl.store(p_row + o_state, values)
     else:
-        pointers = tl.max_contiguous(tl.broadcast_to(p_row + o_state[:, :, None], (NR, NL, 32 // NL)), [16, 4, 8])
-        values = tl.broadcast_to(values[:, :, None], pointers.shape)
-        if NR * NL == N:
+        shape: tl.constexpr = (o_state.shape[0], o_state.shape[1], NL, 32 // NL)
+        pointers = tl.max_contiguous(tl.broadcast_to(p_row + o_state[:, :, :, None], shape), [16, 1, 4, 8])
+        values = tl.broadcast_to(values[:, :, :, None], shape)
+        if o_state.numel == N:
             tl.store(pointers, values)
         else:
-            tl.store(pointers, values, mask=tl.broadcast_to(o_state[:, :, None] < N, pointers.shape))
+            tl.store(pointers, values, mask=tl.broadcast_to(o_state[:, :, :, None] < N, shape))
 
 
 @triton.jit
-def carry_in(
-    p_summary,
-    p_step,
-    rate,
-    i_segment,
-    n_segments,
-    o_state,
-    o_channel,
-    m_states,
-    m_channel,
-    channels,
-    N: tl.constexpr,
-    REVERSE: tl.constexpr,
-):
-    """State that reaches a segment from those before it in scan order."""
-    n_before = n_segments - 1 - i_segment if REVERSE else i_segment
-    state = tl.zeros(rate.shape, tl.float32)
-    for j in range(n_before):
-        i_other = n_segments - 1 - j if REVERSE else j
-        steps = tl.load(p_step + i_other * channels + o_channel, mask=m_channel, other=0.0)
-        p_local = state_pointers(p_summary + i_other * N * channels, o_state, o_channel, N)
-        state = tl.load(p_local, mask=m_states, other=0.0) + tl.exp2(of_channels(steps) * rate) * state
-    return state
+def scan_segment(i_segment, n_segments, n_tiles, n_all, REVERSE: tl.constexpr):
+    """First tile and number of tiles of a segment, and its place among the segments, in scan order."""
+    n_own = tl.minimum(n_tiles, n_all - i_segment * n_tiles)
+    if REVERSE:
+        return n_all - i_segment * n_tiles - n_own, n_own, n_segments - 1 - i_segment
+    else:
+        return i_segment * n_tiles, n_own, i_segment
