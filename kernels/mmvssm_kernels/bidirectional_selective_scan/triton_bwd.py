@@ -47,6 +47,7 @@ _MAX_REGISTERS = 168
 _ENOUGH_PROGRAMS = 12 * 132
 _OWN_CHANNELS = 2
 _STATE_LANES = 4
+_GROUP = 4
 
 
 @triton.jit
@@ -59,12 +60,12 @@ def _forward(state, rate, p_dt, p_u, p_B, o_local, o_state, N: tl.constexpr):
 
 
 @triton.jit
-def _walk_group(state, rate, p_dt, p_u, p_B, o_local, o_state, C: tl.constexpr, ROW: tl.constexpr, N: tl.constexpr):
-    """State behind four tokens."""
-    _, _, _, state = _forward(state, rate, p_dt, p_u, p_B, o_local, o_state, N)
-    _, _, _, state = _forward(state, rate, p_dt + C, p_u + C, p_B + ROW, o_local, o_state, N)
-    _, _, _, state = _forward(state, rate, p_dt + 2 * C, p_u + 2 * C, p_B + 2 * ROW, o_local, o_state, N)
-    _, _, _, state = _forward(state, rate, p_dt + 3 * C, p_u + 3 * C, p_B + 3 * ROW, o_local, o_state, N)
+def _walk_group(
+    state, rate, p_dt, p_u, p_B, o_local, o_state, C: tl.constexpr, ROW: tl.constexpr, N: tl.constexpr, G: tl.constexpr
+):
+    """State behind a group of tokens."""
+    for k in tl.static_range(G):
+        _, _, _, state = _forward(state, rate, p_dt + k * C, p_u + k * C, p_B + k * ROW, o_local, o_state, N)
     return state
 
 
@@ -165,6 +166,7 @@ def _walk(
     SUMMARY: tl.constexpr,
     SEGMENTED: tl.constexpr,
     T: tl.constexpr,
+    G: tl.constexpr,
     NR: tl.constexpr,
     NG: tl.constexpr,
     CR: tl.constexpr,
@@ -206,7 +208,7 @@ def _walk(
     p_q = p_w + T * C
     p_r = p_q + T * C
     p_slope = p_r + T * C
-    p_enter += i_program * (T // 4 * N * C)
+    p_enter += i_program * (T // G * N * C)
 
     o_channel, m_channel = block_channels(i_block, channels, C)
     o_tile = tl.arange(0, T)[:, None] * C + tl.max_contiguous(tl.arange(0, C), 4)[None, :]
@@ -273,32 +275,35 @@ def _walk(
             p_kept = state_pointers(p_border + (i_tile.to(tl.int64) - 1) * N * channels, o_state, o_owned, N)
             state = tl.load(p_kept, mask=m_states & (i_tile > 0), other=0.0)
             tl.store(state_pointers(p_enter, o_state, o_local, N), state, mask=m_exists)
-            for j in range(0, T - 4, 4):
-                state = _walk_group(state, rate, p_dt + j * C, p_u + j * C, p_B + j * ROW, o_local, o_state, C, ROW, N)
-                tl.store(state_pointers(p_enter + (j // 4 + 1) * (N * C), o_state, o_local, N), state, mask=m_exists)
+            for j in range(0, T - G, G):
+                state = _walk_group(
+                    state, rate, p_dt + j * C, p_u + j * C, p_B + j * ROW, o_local, o_state, C, ROW, N, G
+                )
+                tl.store(state_pointers(p_enter + (j // G + 1) * (N * C), o_state, o_local, N), state, mask=m_exists)
             p_dB = p_dprojected + i_tile * T * STEP + RANK
-            for i_group in range(T // 4):
-                j = T - 4 - 4 * i_group
+            for i_group in range(T // G):
+                j = T - G - G * i_group
                 p_t = p_dt + j * C
                 p_v = p_u + j * C
                 p_b = p_B + j * ROW
                 p_g = p_dB + j * STEP
-                h0 = tl.load(state_pointers(p_enter + j // 4 * (N * C), o_state, o_local, N), mask=m_exists, other=0.0)
+                h0 = tl.load(state_pointers(p_enter + j // G * (N * C), o_state, o_local, N), mask=m_exists, other=0.0)
                 dt0, v0, a0, h1 = _forward(h0, rate, p_t, p_v, p_b, o_local, o_state, N)
                 dt1, v1, a1, h2 = _forward(h1, rate, p_t + C, p_v + C, p_b + ROW, o_local, o_state, N)
-                dt2, v2, a2, h3 = _forward(h2, rate, p_t + 2 * C, p_v + 2 * C, p_b + 2 * ROW, o_local, o_state, N)
-                dt3, v3, a3, h4 = _forward(h3, rate, p_t + 3 * C, p_v + 3 * C, p_b + 3 * ROW, o_local, o_state, N)
                 p_a = p_w + j * C
                 p_c = p_q + j * C
                 p_d = p_r + j * C
-                flow, dA = _backward(
-                    flow, dA, h3, h4, a3, dt3, v3, rate, p_a + 3 * C, p_c + 3 * C, p_d + 3 * C, p_b + 3 * ROW,
-                    p_g + 3 * STEP, o_local, o_state, N,
-                )  # fmt: skip
-                flow, dA = _backward(
-                    flow, dA, h2, h3, a2, dt2, v2, rate, p_a + 2 * C, p_c + 2 * C, p_d + 2 * C, p_b + 2 * ROW,
-                    p_g + 2 * STEP, o_local, o_state, N,
-                )  # fmt: skip
+                if G == 4:
+                    dt2, v2, a2, h3 = _forward(h2, rate, p_t + 2 * C, p_v + 2 * C, p_b + 2 * ROW, o_local, o_state, N)
+                    dt3, v3, a3, h4 = _forward(h3, rate, p_t + 3 * C, p_v + 3 * C, p_b + 3 * ROW, o_local, o_state, N)
+                    flow, dA = _backward(
+                        flow, dA, h3, h4, a3, dt3, v3, rate, p_a + 3 * C, p_c + 3 * C, p_d + 3 * C, p_b + 3 * ROW,
+                        p_g + 3 * STEP, o_local, o_state, N,
+                    )  # fmt: skip
+                    flow, dA = _backward(
+                        flow, dA, h2, h3, a2, dt2, v2, rate, p_a + 2 * C, p_c + 2 * C, p_d + 2 * C, p_b + 2 * ROW,
+                        p_g + 2 * STEP, o_local, o_state, N,
+                    )  # fmt: skip
                 flow, dA = _backward(
                     flow, dA, h1, h2, a1, dt1, v1, rate, p_a + C, p_c + C, p_d + C, p_b + ROW,
                     p_g + STEP, o_local, o_state, N,
@@ -380,6 +385,7 @@ def bidirectional_selective_scan_bwd_kernel_scan(
     SUMMARY: tl.constexpr,
     SEGMENTED: tl.constexpr,
     T: tl.constexpr,
+    G: tl.constexpr,
     NR: tl.constexpr,
     NG: tl.constexpr,
     CR: tl.constexpr,
@@ -433,6 +439,7 @@ def bidirectional_selective_scan_bwd_kernel_scan(
             SUMMARY,
             SEGMENTED,
             T,
+            G,
             NR,
             NG,
             CR,
@@ -481,6 +488,7 @@ def bidirectional_selective_scan_bwd_kernel_scan(
             SUMMARY,
             SEGMENTED,
             T,
+            G,
             NR,
             NG,
             CR,
@@ -509,7 +517,7 @@ def bidirectional_backward(
     block, tile = constants["CR"] * constants["CL"], constants["T"]
     programs = grid[0] * grid[1] * grid[2]
     scratch = launch.empty(programs, 6, tile, block)
-    enter = launch.empty(programs, tile // 4, block, launch.state)
+    enter = launch.empty(programs, tile // _GROUP, block, launch.state)
     # In float32: roundings of du and of the low-rank values are what small models' gradients suffer from.
     du = launch.empty(*sequences, launch.padded, channels)
     dxz = launch.empty(batch, length, 2 * channels, dtype=xz.dtype)
@@ -522,6 +530,7 @@ def bidirectional_backward(
     arguments += (*launch.xz.stride()[:2], *dout.stride()[:2], partial.shape[2])
     constants |= dict(
         K=launch.directions,
+        G=_GROUP,
         SEGMENTED=segments > 1,
         W=launch.width,
         RANK=launch.row - 2 * launch.state,

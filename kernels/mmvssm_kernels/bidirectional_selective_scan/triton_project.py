@@ -15,9 +15,9 @@ from .triton_tile import block_channels, load_step_weight, load_vector, silu, sp
 
 # Tokens and warps of a program, channels of a step of it (fewer for float32), and registers of a thread.
 _TOKENS = 32
-_WARPS = 4
-_CHANNELS = 64
-_REGISTERS = 128
+_WARPS = 2
+_CHANNELS = 32
+_REGISTERS = 168
 
 
 @triton.jit
@@ -56,7 +56,16 @@ def _store_steps(p_dt, low_rank, p_weight, p_bias, rank, o_tile, m_tile, o_chann
     weight = load_step_weight(p_weight, o_channel, m_channel, rank, low_rank.shape[1], narrow)
     bias = tl.broadcast_to(load_vector(p_bias, o_channel, m_channel)[None, :], o_tile.shape)
     raw = split_dot(low_rank, weight, bias, PRECISION)
-    tl.store(p_dt + o_tile, softplus(raw).to(narrow), mask=m_tile)
+    tl.store(p_dt + o_tile, softplus(raw, SHORT=narrow != tl.float32).to(narrow), mask=m_tile)
+
+
+@triton.jit
+def _store_taps(p_taps, p_weight, p_bias, o_channel, m_channel, channels, W: tl.constexpr):
+    """Weights of a convolution with adjacent channels, and its bias."""
+    for k in tl.static_range(W):
+        tap = load_vector(p_weight + k, o_channel * W, m_channel)
+        tl.store(p_taps + k * channels + o_channel, tap, mask=m_channel)
+    tl.store(p_taps + W * channels + o_channel, load_vector(p_bias, o_channel, m_channel), mask=m_channel)
 
 
 @triton.jit(do_not_specialize=["length", "n_all", "n_rows"])
@@ -140,18 +149,11 @@ def bidirectional_selective_scan_fwd_kernel_project(
                 low_rank_b, weights_b, conv_b, m_token, p_u + n_values, p_x_weight_b, rank, o_tile, m_tile, o_channel,
                 m_channel, channels, 2 * N, PRECISION,
             )  # fmt: skip
-        if KEEP:
-            if tl.program_id(0) == 0:
-                for k in tl.static_range(W + 1):
-                    p_tap = p_taps + k * channels + o_channel
-                    is_bias: tl.constexpr = k == W
-                    p_own = p_conv_bias if is_bias else p_conv_weight + k
-                    tap = load_vector(p_own, o_channel if is_bias else o_channel * W, m_channel)
-                    tl.store(p_tap, tap, mask=m_channel)
-                    if TWO:
-                        p_own = p_conv_bias_b if is_bias else p_conv_weight_b + k
-                        tap = load_vector(p_own, o_channel if is_bias else o_channel * W, m_channel)
-                        tl.store(p_tap + (W + 1) * channels, tap, mask=m_channel)
+        if KEEP and tl.program_id(0) == 0:
+            _store_taps(p_taps, p_conv_weight, p_conv_bias, o_channel, m_channel, channels, W)
+            if TWO:
+                p_other = p_taps + (W + 1) * channels
+                _store_taps(p_other, p_conv_weight_b, p_conv_bias_b, o_channel, m_channel, channels, W)
     _store_projections(p_projected, o_row, m_row, low_rank, weights, RANK, 2 * N)
     if TWO:
         # Scan order: every sequence's rows from the last to the first.
@@ -161,9 +163,7 @@ def bidirectional_selective_scan_fwd_kernel_project(
         o_channel, m_channel = block_channels(i, channels, BLOCK_C)
         o_tile = o_row.to(tl.int64)[:, None] * channels + o_channel[None, :]
         m_tile = m_row[:, None] & m_channel[None, :]
-        _store_steps(
-            p_dt, low_rank, p_dt_weight, p_dt_bias, rank, o_tile, m_tile, o_channel, m_channel, PRECISION
-        )
+        _store_steps(p_dt, low_rank, p_dt_weight, p_dt_bias, rank, o_tile, m_tile, o_channel, m_channel, PRECISION)
         if TWO:
             _store_steps(
                 p_dt + n_values, low_rank_b, p_dt_weight_b, p_dt_bias_b, rank, o_tile, m_tile, o_channel, m_channel,
@@ -174,8 +174,8 @@ def bidirectional_selective_scan_fwd_kernel_project(
 def project(launch, projected: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
     """Inputs and step sizes of the scans (K, B, padded L, E), in the dtype of the inputs.
 
-    Fills ``projected`` (K, B, padded L, row), and ``taps`` (K, W + 1, E), weights and biases of the convolutions, unless
-    that is empty.
+    Fills ``projected`` (K, B, padded L, row), and unless that is empty ``taps`` (K, W + 1, E), weights and biases of
+    the convolutions.
     """
     sizes = (launch.directions, launch.batch, launch.padded, launch.channels)
     u, dt = (launch.empty(*sizes, dtype=launch.xz.dtype) for _ in range(2))
