@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..selective_scan.triton_tile import detach_layout
 from ..triton_scan import LN_2, softplus
 from .op import bidirectional_selective_scan_op
 from .triton_carry import carry
@@ -19,15 +20,13 @@ from .triton_reduce import finish, project_backward
 from .triton_tile import (
     block_channels,
     convolve,
-    lane_pointers,
+    in_lanes,
     load_rows,
     load_step_weight,
     load_vector,
     load_weights,
     of_channels,
     of_states,
-    over_channels,
-    over_states,
     raw_step_sizes,
     scan_segment,
     sigmoid,
@@ -37,7 +36,6 @@ from .triton_tile import (
     state_axes,
     state_pointers,
     state_rates,
-    store_of_states,
     tile_tokens,
 )
 
@@ -70,28 +68,12 @@ def _walk_group(
 
 
 @triton.jit
-def _backward(
-    flow,
-    dA,
-    before,
-    state,
-    decay,
-    dt,
-    dt_u,
-    rate,
-    p_w,
-    p_q,
-    p_r,
-    p_B,
-    p_dB,
-    o_local,
-    o_state,
-    N: tl.constexpr,
-):
-    """Over one token: the flow that leaves it and the sum of gradients of the decay rates.
+def _backward(flow, dA, before, state, decay, dt, dt_u, rate, p_w, p_B, o_local, o_state, N: tl.constexpr):
+    """Over one token: flow that leaves it, sum of gradients of the decay rates, and a lane's shares of four sums.
 
     ``before`` and ``state`` are the states in front of and behind the token, ``flow`` is what reaches the latter from
-    the next one. Stores the sums over states ``grad B`` and ``flow before rate`` (CR, CL), and dB and dC (NR, NG, NL).
+    the next one. The sums are those over channels of dB and dC, shares (NR, NG, NL, CL, 2), and those over states of
+    ``grad B`` and ``flow before rate``, shares (CR, NL, CL, 2).
     """
     w = tl.load(p_w + o_local)
     B = load_weights(p_B, o_state, N)
@@ -100,17 +82,38 @@ def _backward(
     flow = decay * grad
     through = flow * before
     dA += through * of_channels(dt)
-    q = over_states(grad * of_states(B))
-    r = over_states(through * rate)
-    dB = over_channels(grad * of_channels(dt_u))
-    dC = over_channels(state * of_channels(w))
-    p_q = lane_pointers(p_q, o_local, o_state.shape[2])
-    p_r = lane_pointers(p_r, o_local, o_state.shape[2])
-    tl.store(p_q, tl.broadcast_to(q[:, None, :], p_q.shape))
-    tl.store(p_r, tl.broadcast_to(r[:, None, :], p_r.shape))
-    store_of_states(p_dB, dB, o_state, N)
-    store_of_states(p_dB + N, dC, o_state, N)
-    return flow, dA
+    of_weights = tl.join(tl.sum(grad * of_channels(dt_u), axis=2), tl.sum(state * of_channels(w), axis=2))
+    of_inputs = tl.join(in_lanes(grad * of_states(B)), in_lanes(through * rate))
+    return flow, dA, of_weights, of_inputs
+
+
+@triton.jit
+def _store_weight_sums(p_dB, shares0, shares1, shares2, shares3, STEP: tl.constexpr, N: tl.constexpr):
+    """Sums over channels of four tokens' shares (NR, NG, NL, CL, 2), stored as rows [dB | dC] ``STEP`` apart.
+
+    Shares are exchanged through shared memory, so that lanes add what they store: shuffles would take five times as
+    many instructions.
+    """
+    S: tl.constexpr = shares0.shape[0] * shares0.shape[1] * shares0.shape[2]
+    CL: tl.constexpr = shares0.shape[3]
+    shares = tl.join(tl.join(shares0, shares2), tl.join(shares1, shares3))
+    shares = tl.reshape(tl.permute(shares, (3, 5, 6, 4, 1, 2, 0)), (CL, 8 * S))
+    sums = tl.sum(detach_layout(shares), axis=0)
+    o_sum = tl.arange(0, 8 * S)
+    o_state = o_sum % S
+    pointers = p_dB + o_sum // (2 * S) * STEP + o_sum // S % 2 * N + o_state
+    tl.store(pointers, sums, mask=(o_state < N) | (S == N))
+
+
+@triton.jit
+def _store_input_sums(p_q, shares0, shares1, shares2, shares3, KIND: tl.constexpr):
+    """Sums over states of four tokens' shares (CR, NL, CL, 2), in the same way, as two tiles (4, C) ``KIND`` apart."""
+    C: tl.constexpr = shares0.shape[0] * shares0.shape[2]
+    NL: tl.constexpr = shares0.shape[1]
+    shares = tl.join(tl.join(shares0, shares2), tl.join(shares1, shares3))
+    shares = tl.reshape(tl.permute(shares, (1, 3, 4, 5, 2, 0)), (NL, 8 * C))
+    o_sum = tl.arange(0, 8 * C)
+    tl.store(p_q + o_sum // (4 * C) * KIND + o_sum % (4 * C), tl.sum(detach_layout(shares), axis=0))
 
 
 @triton.jit
@@ -291,26 +294,22 @@ def _walk(
                 dt0, v0, a0, h1 = _forward(h0, rate, p_t, p_v, p_b, o_local, o_state, N)
                 dt1, v1, a1, h2 = _forward(h1, rate, p_t + C, p_v + C, p_b + ROW, o_local, o_state, N)
                 p_a = p_w + j * C
-                p_c = p_q + j * C
-                p_d = p_r + j * C
-                if G == 4:
-                    dt2, v2, a2, h3 = _forward(h2, rate, p_t + 2 * C, p_v + 2 * C, p_b + 2 * ROW, o_local, o_state, N)
-                    dt3, v3, a3, h4 = _forward(h3, rate, p_t + 3 * C, p_v + 3 * C, p_b + 3 * ROW, o_local, o_state, N)
-                    flow, dA = _backward(
-                        flow, dA, h3, h4, a3, dt3, v3, rate, p_a + 3 * C, p_c + 3 * C, p_d + 3 * C, p_b + 3 * ROW,
-                        p_g + 3 * STEP, o_local, o_state, N,
-                    )  # fmt: skip
-                    flow, dA = _backward(
-                        flow, dA, h2, h3, a2, dt2, v2, rate, p_a + 2 * C, p_c + 2 * C, p_d + 2 * C, p_b + 2 * ROW,
-                        p_g + 2 * STEP, o_local, o_state, N,
-                    )  # fmt: skip
-                flow, dA = _backward(
-                    flow, dA, h1, h2, a1, dt1, v1, rate, p_a + C, p_c + C, p_d + C, p_b + ROW,
-                    p_g + STEP, o_local, o_state, N,
-                )  # fmt: skip
-                flow, dA = _backward(
-                    flow, dA, h0, h1, a0, dt0, v0, rate, p_a, p_c, p_d, p_b, p_g, o_local, o_state, N,
-                )  # fmt: skip
+                dt2, v2, a2, h3 = _forward(h2, rate, p_t + 2 * C, p_v + 2 * C, p_b + 2 * ROW, o_local, o_state, N)
+                dt3, v3, a3, h4 = _forward(h3, rate, p_t + 3 * C, p_v + 3 * C, p_b + 3 * ROW, o_local, o_state, N)
+                flow, dA, s3, r3 = _backward(
+                    flow, dA, h3, h4, a3, dt3, v3, rate, p_a + 3 * C, p_b + 3 * ROW, o_local, o_state, N
+                )
+                flow, dA, s2, r2 = _backward(
+                    flow, dA, h2, h3, a2, dt2, v2, rate, p_a + 2 * C, p_b + 2 * ROW, o_local, o_state, N
+                )
+                flow, dA, s1, r1 = _backward(
+                    flow, dA, h1, h2, a1, dt1, v1, rate, p_a + C, p_b + ROW, o_local, o_state, N
+                )
+                flow, dA, s0, r0 = _backward(
+                    flow, dA, h0, h1, a0, dt0, v0, rate, p_a, p_b, o_local, o_state, N
+                )
+                _store_weight_sums(p_g, s0, s1, s2, s3, STEP, N)
+                _store_input_sums(p_q + j * C, r0, r1, r2, r3, T * C)
             tl.debug_barrier()
             q = tl.load(p_q + o_tile)
             draw = (tl.load(p_u + o_tile) * q + LN_2 * tl.load(p_r + o_tile)) * tl.load(p_slope + o_tile)
