@@ -21,11 +21,13 @@ from .triton_tile import (
     block_channels,
     convolve,
     in_lanes,
+    lane_pointers,
     load_rows,
     load_step_weight,
     load_vector,
     load_weights,
     of_channels,
+    of_lanes,
     of_states,
     raw_step_sizes,
     scan_segment,
@@ -45,24 +47,22 @@ _MAX_REGISTERS = 168
 _ENOUGH_PROGRAMS = 12 * 132
 _OWN_CHANNELS = 2
 _STATE_LANES = 4
-_GROUP = 4
 
 
 @triton.jit
 def _forward(state, rate, p_dt, p_u, p_B, o_local, o_state, N: tl.constexpr):
-    """Step size and input (CR, CL) of a token, its decays, and the state behind it."""
-    dt = tl.load(p_dt + o_local)
-    dt_u = dt * tl.load(p_u + o_local)
-    decay = tl.exp2(of_channels(dt) * rate)
-    return dt, dt_u, decay, decay * state + of_channels(dt_u) * of_states(load_weights(p_B, o_state, N))
+    """Step size and input (CR, NL, CL) of a token, its decays, and the state behind it."""
+    NL: tl.constexpr = o_state.shape[2]
+    dt = tl.load(lane_pointers(p_dt, o_local, NL))
+    dt_u = dt * tl.load(lane_pointers(p_u, o_local, NL))
+    decay = tl.exp2(of_lanes(dt) * rate)
+    return dt, dt_u, decay, decay * state + of_lanes(dt_u) * of_states(load_weights(p_B, o_state, N))
 
 
 @triton.jit
-def _walk_group(
-    state, rate, p_dt, p_u, p_B, o_local, o_state, C: tl.constexpr, ROW: tl.constexpr, N: tl.constexpr, G: tl.constexpr
-):
-    """State behind a group of tokens."""
-    for k in tl.static_range(G):
+def _walk_group(state, rate, p_dt, p_u, p_B, o_local, o_state, C: tl.constexpr, ROW: tl.constexpr, N: tl.constexpr):
+    """State behind four tokens."""
+    for k in tl.static_range(4):
         _, _, _, state = _forward(state, rate, p_dt + k * C, p_u + k * C, p_B + k * ROW, o_local, o_state, N)
     return state
 
@@ -75,14 +75,14 @@ def _backward(flow, dA, before, state, decay, dt, dt_u, rate, p_w, p_B, o_local,
     the next one. The sums are those over channels of dB and dC, shares (NR, NG, NL, CL, 2), and those over states of
     ``grad B`` and ``flow before rate``, shares (CR, NL, CL, 2).
     """
-    w = tl.load(p_w + o_local)
+    w = tl.load(lane_pointers(p_w, o_local, o_state.shape[2]))
     B = load_weights(p_B, o_state, N)
     C = load_weights(p_B + N, o_state, N)
-    grad = flow + of_channels(w) * of_states(C)
+    grad = flow + of_lanes(w) * of_states(C)
     flow = decay * grad
     through = flow * before
-    dA += through * of_channels(dt)
-    of_weights = tl.join(tl.sum(grad * of_channels(dt_u), axis=2), tl.sum(state * of_channels(w), axis=2))
+    dA += through * of_lanes(dt)
+    of_weights = tl.join(tl.sum(grad * of_lanes(dt_u), axis=2), tl.sum(state * of_lanes(w), axis=2))
     of_inputs = tl.join(in_lanes(grad * of_states(B)), in_lanes(through * rate))
     return flow, dA, of_weights, of_inputs
 
@@ -119,8 +119,10 @@ def _store_input_sums(p_q, shares0, shares1, shares2, shares3, KIND: tl.constexp
 @triton.jit
 def _summarize(flow, rate, p_dt, p_w, p_C, o_local, o_state, N: tl.constexpr):
     """Flow that leaves a token."""
-    grad = flow + of_channels(tl.load(p_w + o_local)) * of_states(load_weights(p_C, o_state, N))
-    return tl.exp2(of_channels(tl.load(p_dt + o_local)) * rate) * grad
+    NL: tl.constexpr = o_state.shape[2]
+    w = tl.load(lane_pointers(p_w, o_local, NL))
+    dt = tl.load(lane_pointers(p_dt, o_local, NL))
+    return tl.exp2(of_lanes(dt) * rate) * (flow + of_lanes(w) * of_states(load_weights(p_C, o_state, N)))
 
 
 @triton.jit
@@ -169,7 +171,6 @@ def _walk(
     SUMMARY: tl.constexpr,
     SEGMENTED: tl.constexpr,
     T: tl.constexpr,
-    G: tl.constexpr,
     NR: tl.constexpr,
     NG: tl.constexpr,
     CR: tl.constexpr,
@@ -211,7 +212,7 @@ def _walk(
     p_q = p_w + T * C
     p_r = p_q + T * C
     p_slope = p_r + T * C
-    p_enter += i_program * (T // G * N * C)
+    p_enter += i_program * (T // 4 * N * C)
 
     o_channel, m_channel = block_channels(i_block, channels, C)
     o_tile = tl.arange(0, T)[:, None] * C + tl.max_contiguous(tl.arange(0, C), 4)[None, :]
@@ -278,19 +279,17 @@ def _walk(
             p_kept = state_pointers(p_border + (i_tile.to(tl.int64) - 1) * N * channels, o_state, o_owned, N)
             state = tl.load(p_kept, mask=m_states & (i_tile > 0), other=0.0)
             tl.store(state_pointers(p_enter, o_state, o_local, N), state, mask=m_exists)
-            for j in range(0, T - G, G):
-                state = _walk_group(
-                    state, rate, p_dt + j * C, p_u + j * C, p_B + j * ROW, o_local, o_state, C, ROW, N, G
-                )
-                tl.store(state_pointers(p_enter + (j // G + 1) * (N * C), o_state, o_local, N), state, mask=m_exists)
+            for j in range(0, T - 4, 4):
+                state = _walk_group(state, rate, p_dt + j * C, p_u + j * C, p_B + j * ROW, o_local, o_state, C, ROW, N)
+                tl.store(state_pointers(p_enter + (j // 4 + 1) * (N * C), o_state, o_local, N), state, mask=m_exists)
             p_dB = p_dprojected + i_tile * T * STEP + RANK
-            for i_group in range(T // G):
-                j = T - G - G * i_group
+            for i_group in range(T // 4):
+                j = T - 4 - 4 * i_group
                 p_t = p_dt + j * C
                 p_v = p_u + j * C
                 p_b = p_B + j * ROW
                 p_g = p_dB + j * STEP
-                h0 = tl.load(state_pointers(p_enter + j // G * (N * C), o_state, o_local, N), mask=m_exists, other=0.0)
+                h0 = tl.load(state_pointers(p_enter + j // 4 * (N * C), o_state, o_local, N), mask=m_exists, other=0.0)
                 dt0, v0, a0, h1 = _forward(h0, rate, p_t, p_v, p_b, o_local, o_state, N)
                 dt1, v1, a1, h2 = _forward(h1, rate, p_t + C, p_v + C, p_b + ROW, o_local, o_state, N)
                 p_a = p_w + j * C
@@ -305,9 +304,7 @@ def _walk(
                 flow, dA, s1, r1 = _backward(
                     flow, dA, h1, h2, a1, dt1, v1, rate, p_a + C, p_b + ROW, o_local, o_state, N
                 )
-                flow, dA, s0, r0 = _backward(
-                    flow, dA, h0, h1, a0, dt0, v0, rate, p_a, p_b, o_local, o_state, N
-                )
+                flow, dA, s0, r0 = _backward(flow, dA, h0, h1, a0, dt0, v0, rate, p_a, p_b, o_local, o_state, N)
                 _store_weight_sums(p_g, s0, s1, s2, s3, STEP, N)
                 _store_input_sums(p_q + j * C, r0, r1, r2, r3, T * C)
             tl.debug_barrier()
@@ -384,7 +381,6 @@ def bidirectional_selective_scan_bwd_kernel_scan(
     SUMMARY: tl.constexpr,
     SEGMENTED: tl.constexpr,
     T: tl.constexpr,
-    G: tl.constexpr,
     NR: tl.constexpr,
     NG: tl.constexpr,
     CR: tl.constexpr,
@@ -438,7 +434,6 @@ def bidirectional_selective_scan_bwd_kernel_scan(
             SUMMARY,
             SEGMENTED,
             T,
-            G,
             NR,
             NG,
             CR,
@@ -487,7 +482,6 @@ def bidirectional_selective_scan_bwd_kernel_scan(
             SUMMARY,
             SEGMENTED,
             T,
-            G,
             NR,
             NG,
             CR,
@@ -516,7 +510,7 @@ def bidirectional_backward(
     block, tile = constants["CR"] * constants["CL"], constants["T"]
     programs = grid[0] * grid[1] * grid[2]
     scratch = launch.empty(programs, 6, tile, block)
-    enter = launch.empty(programs, tile // _GROUP, block, launch.state)
+    enter = launch.empty(programs, tile // 4, block, launch.state)
     # In float32: roundings of du and of the low-rank values are what small models' gradients suffer from.
     du = launch.empty(*sequences, launch.padded, channels)
     dxz = launch.empty(batch, length, 2 * channels, dtype=xz.dtype)
@@ -529,7 +523,6 @@ def bidirectional_backward(
     arguments += (*launch.xz.stride()[:2], *dout.stride()[:2], partial.shape[2])
     constants |= dict(
         K=launch.directions,
-        G=_GROUP,
         SEGMENTED=segments > 1,
         W=launch.width,
         RANK=launch.row - 2 * launch.state,

@@ -38,18 +38,29 @@ _STATE_LANES = 2
 
 
 @triton.jit
-def _token(state, rate, skip, dt, u, p_row, o_state, RANK: tl.constexpr, N: tl.constexpr, SUMMARY: tl.constexpr):
+def _load_output_weights(p_B, o_state, N: tl.constexpr, SUMMARY: tl.constexpr):
+    """C of a token; for summaries, which need none, B."""
+    return load_weights(p_B if SUMMARY else p_B + N, o_state, N)
+
+
+@triton.jit
+def _token(state, rate, skip, dt, u, B, C, SUMMARY: tl.constexpr):
     """State behind one token, and its result (CR, CL), or its step size (CR, NL, CL) for summaries."""
     dt = dt.to(tl.float32)
     u = u.to(tl.float32)
-    B = load_weights(p_row + RANK, o_state, N)
     state = tl.exp2(of_lanes(dt) * rate) * state + of_lanes(dt * u) * of_states(B)
     if SUMMARY:
         return state, dt
     else:
-        C = load_weights(p_row + RANK + N, o_state, N)
         # Every lane of a channel adds its share of what goes past the state.
         return state, tl.sum(in_lanes(state * of_states(C)) + skip * u, axis=1)
+
+
+@triton.jit
+def _load_token(state, rate, skip, dt, u, p_B, o_state, N: tl.constexpr, SUMMARY: tl.constexpr):
+    """The same with B and C from memory."""
+    B = load_weights(p_B, o_state, N)
+    return _token(state, rate, skip, dt, u, B, _load_output_weights(p_B, o_state, N, SUMMARY), SUMMARY)
 
 
 @triton.jit
@@ -97,11 +108,11 @@ def _walk(
     CL: tl.constexpr,
 ):
     """One direction of one segment; pointers are at the batch element (and direction)."""
-    C: tl.constexpr = CR * CL
+    BLOCK_C: tl.constexpr = CR * CL
     ROW: tl.constexpr = RANK + 2 * N
     o_state, o_local = state_axes(NR, NG, CR, NL, CL)
-    o_owned = tl.program_id(0) * C + o_local
-    m_owned = (o_owned < channels) | (channels % C == 0)
+    o_owned = tl.program_id(0) * BLOCK_C + o_local
+    m_owned = (o_owned < channels) | (channels % BLOCK_C == 0)
     m_states = of_channels(m_owned) & of_states((o_state < N) | (NR * NG * NL == N))
     rate = state_rates(p_A_log, o_state, o_owned, m_states, N)
     skip = load_of_channels(p_skip, o_owned, m_owned, NL).to(tl.float32) / NL
@@ -116,7 +127,9 @@ def _walk(
     o_token = n_all * T - 1 - i_first * T if REVERSE else i_first * T
     p_t = p_dt + o_token * channels
     p_v = p_u + o_token * channels
-    p_row = p_projected + i_first * T * ROW
+    p_B = p_projected + i_first * T * ROW + RANK
+    B = load_weights(p_B, o_state, N)
+    C = _load_output_weights(p_B, o_state, N, SUMMARY)
     dt0 = load_of_channels(p_t, o_owned, m_owned, NL)
     u0 = load_of_channels(p_v, o_owned, m_owned, NL)
     dt1 = load_of_channels(p_t + STEP, o_owned, m_owned, NL)
@@ -144,24 +157,31 @@ def _walk(
         next_u2 = load_of_channels(p_v + 2 * STEP, o_owned, m_owned, NL)
         next_dt3 = load_of_channels(p_t + 3 * STEP, o_owned, m_owned, NL)
         next_u3 = load_of_channels(p_v + 3 * STEP, o_owned, m_owned, NL)
-        state, y0 = _token(state, rate, skip, dt0, u0, p_row, o_state, RANK, N, SUMMARY)
-        state, y1 = _token(state, rate, skip, dt1, u1, p_row + ROW, o_state, RANK, N, SUMMARY)
-        state, y2 = _token(state, rate, skip, dt2, u2, p_row + 2 * ROW, o_state, RANK, N, SUMMARY)
-        state, y3 = _token(state, rate, skip, dt3, u3, p_row + 3 * ROW, o_state, RANK, N, SUMMARY)
+        p_next = p_B + tl.where(i + 1 < n_groups, 4 * ROW, 0)
+        next_B = load_weights(p_next, o_state, N)
+        next_C = _load_output_weights(p_next, o_state, N, SUMMARY)
+        if GATE and not SUMMARY:
+            o_row = (i_first * T + i * 4) + tl.arange(0, 4)
+            o_channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+            m_padded = ((o_channel < channels) | (channels % BLOCK_C == 0))[None, :]
+            o_dense = o_row[:, None] * channels + o_channel[None, :]
+            m_tile = (o_row < length)[:, None] & m_padded
+            z = tl.load(p_z + o_row[:, None] * stride_z_token + o_channel[None, :], mask=m_tile, other=0.0)
+            if ADD:
+                other = tl.load(p_sum + o_dense, mask=m_padded, other=0.0)
+        tl.debug_barrier()  # otherwise the compiler moves the loads above to where their results are used
+        state, y0 = _token(state, rate, skip, dt0, u0, B, C, SUMMARY)
+        state, y1 = _load_token(state, rate, skip, dt1, u1, p_B + ROW, o_state, N, SUMMARY)
+        state, y2 = _load_token(state, rate, skip, dt2, u2, p_B + 2 * ROW, o_state, N, SUMMARY)
+        state, y3 = _load_token(state, rate, skip, dt3, u3, p_B + 3 * ROW, o_state, N, SUMMARY)
         if SUMMARY:
             steps += (y0 + y1) + (y2 + y3)
         elif GATE:
-            o_row = (i_first * T + i * 4) + tl.arange(0, 4)
-            o_channel = tl.program_id(0) * C + tl.arange(0, C)
-            m_padded = ((o_channel < channels) | (channels % C == 0))[None, :]
-            o_dense = o_row[:, None] * channels + o_channel[None, :]
-            m_tile = (o_row < length)[:, None] & m_padded
             y = _rows_of_tokens(y0, y1, y2, y3)
             if ADD:
-                y += tl.load(p_sum + o_dense, mask=m_padded, other=0.0)
+                y += other
             if KEEP:
                 tl.store(p_y + o_dense, y.to(p_y.dtype.element_ty), mask=m_padded)
-            z = tl.load(p_z + o_row[:, None] * stride_z_token + o_channel[None, :], mask=m_tile, other=0.0)
             y *= scale * silu(z.to(tl.float32))
             tl.store(p_out + o_dense, y.to(p_out.dtype.element_ty), mask=m_tile)
         else:
@@ -170,7 +190,8 @@ def _walk(
             store_of_channels(p_to + STEP, y1[:, None, :], o_owned, m_owned, NL)
             store_of_channels(p_to + 2 * STEP, y2[:, None, :], o_owned, m_owned, NL)
             store_of_channels(p_to + 3 * STEP, y3[:, None, :], o_owned, m_owned, NL)
-        p_row += 4 * ROW
+        p_B = p_next
+        B, C = next_B, next_C
         dt0, u0, dt1, u1 = next_dt0, next_u0, next_dt1, next_u1
         dt2, u2, dt3, u3 = next_dt2, next_u2, next_dt3, next_u3
     if SUMMARY:
@@ -313,6 +334,7 @@ def bidirectional_forward(
     keep = projected.numel() > 0
     if not keep:
         projected = launch.empty(launch.directions, launch.batch, launch.padded, launch.row)
+        taps = launch.empty(launch.directions, launch.width + 1, launch.channels)
     u, dt = project(launch, projected, taps)
     out = xz.new_empty(launch.batch, launch.length, launch.channels, dtype=out_dtype)
     sums = out if launch.directions == 1 else launch.empty(launch.batch, launch.padded, launch.channels)

@@ -15,8 +15,11 @@ _MIN_TILES_PER_SEGMENT = 4
 
 
 def segment_tiles(tiles: int, programs: int, enough: int) -> int:
-    """Tiles per segment: all of them when ``programs`` are ``enough`` for the GPU, else so many that there are."""
-    wanted = min(_MAX_SEGMENTS, max(1, enough // programs))
+    """Tiles per segment: all of them when ``programs`` nearly are ``enough`` for the GPU, else so many that there are.
+
+    Cut sequences are walked twice, so fewer than three segments do not pay.
+    """
+    wanted = min(_MAX_SEGMENTS, enough // programs if enough >= 3 * programs else 1)
     return max(triton.cdiv(tiles, wanted), min(_MIN_TILES_PER_SEGMENT, tiles))
 
 

@@ -15,28 +15,24 @@ from .triton_tile import block_channels, load_step_weight, load_vector, silu, sp
 
 # Tokens and warps of a program, channels of a step of it (fewer for float32), and registers of a thread.
 _TOKENS = 32
-_WARPS = 2
-_CHANNELS = 32
-_REGISTERS = 168
+_WARPS = 4
+_CHANNELS = 64
+_REGISTERS = 128
 
 
 @triton.jit
-def _add_projections(
-    low_rank, weights, conv, m_token, p_u, p_weight, rank, o_tile, m_tile, o_channel, m_channel, channels, P, PRECISION
+def _load_projection(
+    p_weight, rank, o_channel, m_channel, channels, N: tl.constexpr, R: tl.constexpr, P: tl.constexpr, dtype
 ):
-    """Stores u (T, C), and adds what these channels give to the low-rank values (T, R) and to B and C (T, 2N)."""
-    # Padding after the last token projects to zero.
-    u = tl.where(m_token[:, None], silu(conv), 0.0)
-    tl.store(p_u + o_tile, u.to(p_u.dtype.element_ty), mask=m_tile)
-    o_rank = tl.arange(0, low_rank.shape[1])
-    o_weight = tl.arange(0, weights.shape[1])
+    """What a block of channels gives to the low-rank values (C, R) and to B and C (C, P), operands of products."""
+    o_rank = tl.arange(0, R)
+    o_weight = tl.arange(0, P)
     m_rank = (o_rank < rank)[None, :] & m_channel[:, None]
+    m_weight = (o_weight < 2 * N)[None, :] & m_channel[:, None]
     p_rank = p_weight + o_rank[None, :] * channels + o_channel[:, None]
-    to_rank = tl.load(p_rank, mask=m_rank, other=0.0).to(p_u.dtype.element_ty)
-    m_weight = (o_weight < P)[None, :] & m_channel[:, None]
     p_weights = p_weight + (rank + o_weight)[None, :] * channels + o_channel[:, None]
-    to_weights = tl.load(p_weights, mask=m_weight, other=0.0).to(p_u.dtype.element_ty)
-    return split_dot(u, to_rank, low_rank, PRECISION), split_dot(u, to_weights, weights, PRECISION)
+    to_rank = tl.load(p_rank, mask=m_rank, other=0.0)
+    return to_rank.to(dtype), tl.load(p_weights, mask=m_weight, other=0.0).to(dtype)
 
 
 @triton.jit
@@ -50,18 +46,30 @@ def _store_projections(p_projected, o_row, m_row, low_rank, weights, RANK: tl.co
 
 
 @triton.jit
-def _store_steps(p_dt, low_rank, p_weight, p_bias, rank, o_tile, m_tile, o_channel, m_channel, PRECISION):
-    """Step sizes of a tile (T, C)."""
-    narrow = p_dt.dtype.element_ty
-    weight = load_step_weight(p_weight, o_channel, m_channel, rank, low_rank.shape[1], narrow)
-    bias = tl.broadcast_to(load_vector(p_bias, o_channel, m_channel)[None, :], o_tile.shape)
-    raw = split_dot(low_rank, weight, bias, PRECISION)
-    tl.store(p_dt + o_tile, softplus(raw, SHORT=narrow != tl.float32).to(narrow), mask=m_tile)
+def _load_steps(p_weight, p_bias, rank, o_channel, m_channel, R: tl.constexpr, dtype):
+    """Weight (R, C) and bias (C) of the step sizes of a block of channels."""
+    return load_step_weight(p_weight, o_channel, m_channel, rank, R, dtype), load_vector(p_bias, o_channel, m_channel)
 
 
 @triton.jit
-def _store_taps(p_taps, p_weight, p_bias, o_channel, m_channel, channels, W: tl.constexpr):
-    """Weights of a convolution with adjacent channels, and its bias."""
+def _step_sizes(low_rank, weight, bias, PRECISION: tl.constexpr):
+    """Step sizes (T, C) in the dtype of ``weight``."""
+    bias = tl.broadcast_to(bias[None, :], (low_rank.shape[0], weight.shape[1]))
+    raw = split_dot(low_rank, weight, bias, PRECISION)
+    return softplus(raw, SHORT=weight.dtype != tl.float32).to(weight.dtype)
+
+
+@triton.jit
+def bidirectional_selective_scan_fwd_kernel_taps(
+    p_taps, p_weight, p_bias, p_weight_b, p_bias_b, channels, W: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Weights of the convolutions with adjacent channels, and their biases (K, W + 1, E): vectors for later loads."""
+    o_channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_channel = o_channel < channels
+    if tl.program_id(1) == 1:
+        p_weight = p_weight_b
+        p_bias = p_bias_b
+        p_taps += (W + 1) * channels
     for k in tl.static_range(W):
         tap = load_vector(p_weight + k, o_channel * W, m_channel)
         tl.store(p_taps + k * channels + o_channel, tap, mask=m_channel)
@@ -75,13 +83,9 @@ def bidirectional_selective_scan_fwd_kernel_project(
     p_u,
     p_dt,
     p_taps,
-    p_conv_weight,
-    p_conv_bias,
     p_x_weight,
     p_dt_weight,
     p_dt_bias,
-    p_conv_weight_b,
-    p_conv_bias_b,
     p_x_weight_b,
     p_dt_weight_b,
     p_dt_bias_b,
@@ -96,7 +100,6 @@ def bidirectional_selective_scan_fwd_kernel_project(
     W: tl.constexpr,
     RANK: tl.constexpr,
     TWO: tl.constexpr,
-    KEEP: tl.constexpr,
     T: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -106,8 +109,7 @@ def bidirectional_selective_scan_fwd_kernel_project(
 ):
     """Inputs and step sizes of the scans (K, B, padded L, E), and projections (K, B, padded L, row) in scan order.
 
-    With ``KEEP`` weights and biases of the convolutions (K, W + 1, E), too. A program owns ``BLOCK_T`` of all rows of
-    all sequences.
+    A program owns ``BLOCK_T`` of all rows of all sequences.
     """
     o_row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     m_row = o_row < n_rows
@@ -116,6 +118,7 @@ def bidirectional_selective_scan_fwd_kernel_project(
     m_token = m_row & (o_token < length)
     p_rows = p_x + i_batch.to(tl.int64) * stride_batch + o_token.to(tl.int64) * stride_token
     n_values = n_rows.to(tl.int64) * channels
+    narrow = p_u.dtype.element_ty
     low_rank = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     weights = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
     low_rank_b = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
@@ -124,10 +127,21 @@ def bidirectional_selective_scan_fwd_kernel_project(
         o_channel, m_channel = block_channels(i, channels, BLOCK_C)
         o_tile = o_row.to(tl.int64)[:, None] * channels + o_channel[None, :]
         m_tile = m_row[:, None] & m_channel[None, :]
-        conv = tl.broadcast_to(load_vector(p_conv_bias, o_channel, m_channel)[None, :], (BLOCK_T, BLOCK_C))
+        # Stores come last: loads do not move across them.
+        to_rank, to_weights = _load_projection(
+            p_x_weight, rank, o_channel, m_channel, channels, N, BLOCK_R, BLOCK_P, narrow
+        )
+        if TWO:
+            to_rank_b, to_weights_b = _load_projection(
+                p_x_weight_b, rank, o_channel, m_channel, channels, N, BLOCK_R, BLOCK_P, narrow
+            )
+        p_own = p_taps + o_channel
+        p_other = p_own + (W + 1) * channels
+        conv = tl.broadcast_to(tl.load(p_own + W * channels, mask=m_channel, other=0.0)[None, :], (BLOCK_T, BLOCK_C))
         conv_b = conv
         if TWO:
-            conv_b = tl.broadcast_to(load_vector(p_conv_bias_b, o_channel, m_channel)[None, :], (BLOCK_T, BLOCK_C))
+            bias_b = tl.load(p_other + W * channels, mask=m_channel, other=0.0)
+            conv_b = tl.broadcast_to(bias_b[None, :], (BLOCK_T, BLOCK_C))
         for k in tl.static_range(2 * W - 1 if TWO else W):
             # The token k - (W - 1) after this one meets tap k of the forward convolution and W - 1 taps later, counted
             # from the last, one of the backward convolution; both meet the token itself with their last tap.
@@ -136,24 +150,19 @@ def bidirectional_selective_scan_fwd_kernel_project(
             p_tile = p_rows[:, None] + ((k - (W - 1)) * stride_token + o_channel[None, :])
             x = tl.load(p_tile, mask=m_tap[:, None] & m_channel[None, :], other=0.0).to(tl.float32)
             if k < W:
-                conv += x * load_vector(p_conv_weight + k, o_channel * W, m_channel)[None, :]
+                conv += x * tl.load(p_own + k * channels, mask=m_channel, other=0.0)[None, :]
             if TWO and k >= W - 1:
-                tap = load_vector(p_conv_weight_b + (2 * W - 2 - k), o_channel * W, m_channel)
-                conv_b += x * tap[None, :]
-        low_rank, weights = _add_projections(
-            low_rank, weights, conv, m_token, p_u, p_x_weight, rank, o_tile, m_tile, o_channel, m_channel, channels,
-            2 * N, PRECISION,
-        )  # fmt: skip
+                conv_b += x * tl.load(p_other + (2 * W - 2 - k) * channels, mask=m_channel, other=0.0)[None, :]
+        # Padding after the last token projects to zero.
+        u = tl.where(m_token[:, None], silu(conv), 0.0)
+        low_rank = split_dot(u, to_rank, low_rank, PRECISION)
+        weights = split_dot(u, to_weights, weights, PRECISION)
         if TWO:
-            low_rank_b, weights_b = _add_projections(
-                low_rank_b, weights_b, conv_b, m_token, p_u + n_values, p_x_weight_b, rank, o_tile, m_tile, o_channel,
-                m_channel, channels, 2 * N, PRECISION,
-            )  # fmt: skip
-        if KEEP and tl.program_id(0) == 0:
-            _store_taps(p_taps, p_conv_weight, p_conv_bias, o_channel, m_channel, channels, W)
-            if TWO:
-                p_other = p_taps + (W + 1) * channels
-                _store_taps(p_other, p_conv_weight_b, p_conv_bias_b, o_channel, m_channel, channels, W)
+            u_b = tl.where(m_token[:, None], silu(conv_b), 0.0)
+            low_rank_b = split_dot(u_b, to_rank_b, low_rank_b, PRECISION)
+            weights_b = split_dot(u_b, to_weights_b, weights_b, PRECISION)
+            tl.store(p_u + n_values + o_tile, u_b.to(narrow), mask=m_tile)
+        tl.store(p_u + o_tile, u.to(narrow), mask=m_tile)
     _store_projections(p_projected, o_row, m_row, low_rank, weights, RANK, 2 * N)
     if TWO:
         # Scan order: every sequence's rows from the last to the first.
@@ -163,25 +172,28 @@ def bidirectional_selective_scan_fwd_kernel_project(
         o_channel, m_channel = block_channels(i, channels, BLOCK_C)
         o_tile = o_row.to(tl.int64)[:, None] * channels + o_channel[None, :]
         m_tile = m_row[:, None] & m_channel[None, :]
-        _store_steps(p_dt, low_rank, p_dt_weight, p_dt_bias, rank, o_tile, m_tile, o_channel, m_channel, PRECISION)
+        weight, bias = _load_steps(p_dt_weight, p_dt_bias, rank, o_channel, m_channel, BLOCK_R, narrow)
         if TWO:
-            _store_steps(
-                p_dt + n_values, low_rank_b, p_dt_weight_b, p_dt_bias_b, rank, o_tile, m_tile, o_channel, m_channel,
-                PRECISION,
-            )  # fmt: skip
+            weight_b, bias_b = _load_steps(p_dt_weight_b, p_dt_bias_b, rank, o_channel, m_channel, BLOCK_R, narrow)
+            tl.store(p_dt + n_values + o_tile, _step_sizes(low_rank_b, weight_b, bias_b, PRECISION), mask=m_tile)
+        tl.store(p_dt + o_tile, _step_sizes(low_rank, weight, bias, PRECISION), mask=m_tile)
 
 
 def project(launch, projected: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
     """Inputs and step sizes of the scans (K, B, padded L, E), in the dtype of the inputs.
 
-    Fills ``projected`` (K, B, padded L, row), and unless that is empty ``taps`` (K, W + 1, E), weights and biases of
-    the convolutions.
+    Fills ``projected`` (K, B, padded L, row) and ``taps`` (K, W + 1, E), weights and biases of the convolutions.
     """
     sizes = (launch.directions, launch.batch, launch.padded, launch.channels)
     u, dt = (launch.empty(*sizes, dtype=launch.xz.dtype) for _ in range(2))
-    members = [p[:5] for p in launch.parameters]
+    convolutions = [p[:2] for p in launch.parameters]
+    members = [p[2:5] for p in launch.parameters]
     is_narrow = launch.xz.element_size() == 2
     rows = launch.batch * launch.padded
+    block = 128
+    bidirectional_selective_scan_fwd_kernel_taps[(triton.cdiv(launch.channels, block), launch.directions)](
+        taps, *convolutions[0], *convolutions[-1], launch.channels, W=launch.width, BLOCK_C=block, num_warps=1
+    )
     bidirectional_selective_scan_fwd_kernel_project[(triton.cdiv(rows, _TOKENS),)](
         launch.xz,
         projected,
@@ -200,7 +212,6 @@ def project(launch, projected: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
         W=launch.width,
         RANK=launch.row - 2 * launch.state,
         TWO=launch.directions == 2,
-        KEEP=taps.numel() > 0,
         T=TILE,
         BLOCK_T=_TOKENS,
         BLOCK_C=_CHANNELS if is_narrow else 32,

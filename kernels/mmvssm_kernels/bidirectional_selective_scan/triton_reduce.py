@@ -9,11 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_launch import register_limit
 from .triton_tile import block_channels, convolve, load_rows, load_vector, sigmoid, split_dot
 
 # Tokens of a program of the first and of the second kernel.
 _PROJECT_TOKENS = 256
 _CONVOLVE_TOKENS = 32
+# Of the first kernel: tokens and channels of a step (fewer for float32), warps, and registers of a thread.
+_TOKENS = 32
+_CHANNELS = 64
+_WARPS = 4
+_REGISTERS = 255
 
 
 @triton.jit
@@ -270,7 +276,7 @@ def project_backward(launch, dprojected: Tensor, du: Tensor, dxz: Tensor, taps: 
     """Fill the inputs' half of ``dxz``; partial sums (P, K, rows, E) of both kernels."""
     directions, batch, length, channels = launch.directions, launch.batch, launch.length, launch.channels
     is_narrow = launch.xz.element_size() == 2
-    block_tokens, block_channels = 32, 64 if is_narrow else 32
+    block_tokens, block_channels = _TOKENS, _CHANNELS if is_narrow else 32
     segments = triton.cdiv(length, _PROJECT_TOKENS)
     dconv = launch.empty(directions, batch, length, channels, dtype=launch.xz.dtype)
     projected = launch.empty(batch * segments, directions, launch.rows + 1, channels)
@@ -297,9 +303,10 @@ def project_backward(launch, dprojected: Tensor, du: Tensor, dxz: Tensor, taps: 
         BLOCK_C=block_channels,
         BLOCK_P=max(16, triton.next_power_of_2(launch.row)),
         PRECISION=launch.precision,
-        num_warps=4,
+        num_warps=_WARPS,
         num_stages=1,
         **constants,
+        **(register_limit(_REGISTERS) if is_narrow and launch.block_rows <= 64 else {}),
     )
     segments = triton.cdiv(length, _CONVOLVE_TOKENS)
     block_channels = min(128, max(32, triton.next_power_of_2(channels)))

@@ -155,18 +155,6 @@ def in_lanes(tile):
 
 
 @triton.jit
-def over_states(tile):
-    """Sum over states, (CR, CL)."""
-    return tl.sum(in_lanes(tile), axis=1)
-
-
-@triton.jit
-def over_channels(tile):
-    """Sum over channels, (NR, NG, NL)."""
-    return tl.sum(tl.sum(tile, axis=2), axis=3)
-
-
-@triton.jit
 def state_pointers(p_states, o_state, o_channel, N: tl.constexpr):
     """Pointers to a tile of (E, N).
 
@@ -218,22 +206,6 @@ def store_of_channels(p_row, values, o_channel, m_channel, NL: tl.constexpr):
     pointers = lane_pointers(p_row, o_channel, NL)
     mask = tl.broadcast_to(m_channel[:, None, :], pointers.shape)
     tl.store(pointers, tl.broadcast_to(values, pointers.shape), mask=mask)
-
-
-@triton.jit
-def store_of_states(p_row, values, o_state, N: tl.constexpr):
-    """Store per-state values (NR, NG, NL) in the same way."""
-    NL: tl.constexpr = o_state.shape[2]
-    if o_state.numel == 1:
-        tl.store(p_row + o_state, values)
-    else:
-        shape: tl.constexpr = (o_state.shape[0], o_state.shape[1], NL, 32 // NL)
-        pointers = tl.max_contiguous(tl.broadcast_to(p_row + o_state[:, :, :, None], shape), [16, 1, 4, 8])
-        values = tl.broadcast_to(values[:, :, :, None], shape)
-        if o_state.numel == N:
-            tl.store(pointers, values)
-        else:
-            tl.store(pointers, values, mask=tl.broadcast_to(o_state[:, :, :, None] < N, shape))
 
 
 @triton.jit
