@@ -242,6 +242,7 @@ def _walk(
         o_scan, o_token = tile_tokens(i_tile, n_all, T, REVERSE)
         m_token = o_token < length
         low_rank, raw = raw_step_sizes(p_projected, weight, bias, o_scan, rank, ROW, BLOCK_R, PRECISION)
+        raw = tl.reshape(detach_layout(raw[None, :, :]), raw.shape)  # leaves the product's layout once, not per result
         dt = softplus(raw)
         tl.store(p_dt + o_tile, dt)
         z = load_rows(p_z, o_token, m_token, o_channel, m_channel, stride_x_token)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..selective_scan.triton_tile import detach_layout
 from .triton_launch import register_limit
 from .triton_tile import block_channels, convolve, load_rows, load_vector, sigmoid, split_dot
 
@@ -63,7 +64,9 @@ def _unproject(
         p_rows = p_dprojected + o_token[:, None] * ROW + o_row[None, :]
         dprojected = tl.load(p_rows, mask=m_token[:, None] & m_row[None, :], other=0.0)
         du = load_rows(p_du, o_token, m_token, o_channel, m_channel, channels)
-        du = split_dot(dprojected, weight, du, PRECISION)
+        # Detached from the layout of the product, in which the convolution would be computed once more.
+        through = split_dot(dprojected, weight, tl.zeros(du.shape, tl.float32), PRECISION)
+        du += tl.reshape(detach_layout(through[None, :, :]), du.shape)
         conv = convolve(p_x, p_taps, o_token, length, o_channel, m_channel, channels, stride_x_token, REVERSE, W)
         slope = sigmoid(conv)
         u = tl.where(m_token[:, None], conv * slope, 0.0).to(narrow)
