@@ -38,6 +38,8 @@ from .triton_tile import (
     state_axes,
     state_pointers,
     state_rates,
+    store_input_sums,
+    store_weight_sums,
     tile_tokens,
 )
 
@@ -85,35 +87,6 @@ def _backward(flow, dA, before, state, decay, dt, dt_u, rate, p_w, p_B, o_local,
     of_weights = tl.join(tl.sum(grad * of_lanes(dt_u), axis=2), tl.sum(state * of_lanes(w), axis=2))
     of_inputs = tl.join(in_lanes(grad * of_states(B)), in_lanes(through * rate))
     return flow, dA, of_weights, of_inputs
-
-
-@triton.jit
-def _store_weight_sums(p_dB, shares0, shares1, shares2, shares3, STEP: tl.constexpr, N: tl.constexpr):
-    """Sums over channels of four tokens' shares (NR, NG, NL, CL, 2), stored as rows [dB | dC] ``STEP`` apart.
-
-    Shares are exchanged through shared memory, so that lanes add what they store: shuffles would take five times as
-    many instructions.
-    """
-    S: tl.constexpr = shares0.shape[0] * shares0.shape[1] * shares0.shape[2]
-    CL: tl.constexpr = shares0.shape[3]
-    shares = tl.join(tl.join(shares0, shares2), tl.join(shares1, shares3))
-    shares = tl.reshape(tl.permute(shares, (3, 5, 6, 4, 1, 2, 0)), (CL, 8 * S))
-    sums = tl.sum(detach_layout(shares), axis=0)
-    o_sum = tl.arange(0, 8 * S)
-    o_state = o_sum % S
-    pointers = p_dB + o_sum // (2 * S) * STEP + o_sum // S % 2 * N + o_state
-    tl.store(pointers, sums, mask=(o_state < N) | (S == N))
-
-
-@triton.jit
-def _store_input_sums(p_q, shares0, shares1, shares2, shares3, KIND: tl.constexpr):
-    """Sums over states of four tokens' shares (CR, NL, CL, 2), in the same way, as two tiles (4, C) ``KIND`` apart."""
-    C: tl.constexpr = shares0.shape[0] * shares0.shape[2]
-    NL: tl.constexpr = shares0.shape[1]
-    shares = tl.join(tl.join(shares0, shares2), tl.join(shares1, shares3))
-    shares = tl.reshape(tl.permute(shares, (1, 3, 4, 5, 2, 0)), (NL, 8 * C))
-    o_sum = tl.arange(0, 8 * C)
-    tl.store(p_q + o_sum // (4 * C) * KIND + o_sum % (4 * C), tl.sum(detach_layout(shares), axis=0))
 
 
 @triton.jit
@@ -306,8 +279,8 @@ def _walk(
                     flow, dA, h1, h2, a1, dt1, v1, rate, p_a + C, p_b + ROW, o_local, o_state, N
                 )
                 flow, dA, s0, r0 = _backward(flow, dA, h0, h1, a0, dt0, v0, rate, p_a, p_b, o_local, o_state, N)
-                _store_weight_sums(p_g, s0, s1, s2, s3, STEP, N)
-                _store_input_sums(p_q + j * C, r0, r1, r2, r3, T * C)
+                store_weight_sums(p_g, s0, s1, s2, s3, STEP, N)
+                store_input_sums(p_q + j * C, r0, r1, r2, r3, T * C)
             tl.debug_barrier()
             q = tl.load(p_q + o_tile)
             draw = (tl.load(p_u + o_tile) * q + LN_2 * tl.load(p_r + o_tile)) * tl.load(p_slope + o_tile)

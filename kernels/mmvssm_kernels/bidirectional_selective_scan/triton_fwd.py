@@ -31,10 +31,10 @@ from .triton_tile import (
 
 # Registers of a thread, programs that run side by side on a large GPU with them, channels of a lane,
 # and lanes that share a channel's states.
-_MAX_REGISTERS = 80
-_ENOUGH_PROGRAMS = 24 * 132
+_MAX_REGISTERS = 128
+_ENOUGH_PROGRAMS = 16 * 132
 _OWN_CHANNELS = 2
-_STATE_LANES = 4
+_STATE_LANES = 2
 
 
 @triton.jit

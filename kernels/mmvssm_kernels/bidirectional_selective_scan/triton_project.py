@@ -14,7 +14,7 @@ from .triton_launch import register_limit
 from .triton_tile import block_channels, load_step_weight, load_vector, silu, split_dot
 
 # Tokens and warps of a program, channels of a step of it (fewer for float32), and registers of a thread.
-_TOKENS = 32
+_TOKENS = 16
 _WARPS = 4
 _CHANNELS = 64
 _REGISTERS = 128

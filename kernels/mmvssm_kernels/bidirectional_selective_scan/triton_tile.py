@@ -1,9 +1,10 @@
 """Building blocks of the scan kernels of Vim's inner block.
 
-A program is one warp that owns a block of channels of one sequence. It walks tiles of T tokens: what needs no
-recurrence (convolution, step sizes) is made for a whole tile (T, C) and left in a scratch of the program, which stays
-in the cache. Then the tokens are walked one by one, with all states of the channels in registers. Tiles of states have
-two axes for states and two for channels, see :func:`state_axes`, so that no layout ever has to be converted.
+A program is one warp that owns a block of channels of one sequence and walks its tokens one by one, with all states of
+the channels in registers. Tiles of states have three axes for states and two for channels, see :func:`state_axes`, and
+per-channel values are loaded into every lane that needs them, so that no layout ever has to be converted. What needs no
+recurrence (convolution, step sizes) is made for whole tiles of T tokens (T, C), in kernels of its own or in a scratch
+of the program, which stays in the cache.
 
 ``projected`` holds a row [step-size rank | B | C] for every token in scan order, the backward direction's reversed
 after padding to whole tiles; rows of the padding are zero.
@@ -12,6 +13,7 @@ after padding to whole tiles; rows of the padding are zero.
 import triton
 import triton.language as tl
 
+from ..selective_scan.triton_tile import detach_layout
 from ..triton_scan import LOG2_E
 
 
@@ -206,6 +208,35 @@ def store_of_channels(p_row, values, o_channel, m_channel, NL: tl.constexpr):
     pointers = lane_pointers(p_row, o_channel, NL)
     mask = tl.broadcast_to(m_channel[:, None, :], pointers.shape)
     tl.store(pointers, tl.broadcast_to(values, pointers.shape), mask=mask)
+
+
+@triton.jit
+def store_weight_sums(p_dB, shares0, shares1, shares2, shares3, STEP: tl.constexpr, N: tl.constexpr):
+    """Sums over channels of four tokens' shares (NR, NG, NL, CL, 2), stored as rows [dB | dC] ``STEP`` apart.
+
+    Shares are exchanged through shared memory, so that lanes add what they store: shuffles would take five times as
+    many instructions.
+    """
+    S: tl.constexpr = shares0.shape[0] * shares0.shape[1] * shares0.shape[2]
+    CL: tl.constexpr = shares0.shape[3]
+    shares = tl.join(tl.join(shares0, shares2), tl.join(shares1, shares3))
+    shares = tl.reshape(tl.permute(shares, (3, 5, 6, 4, 1, 2, 0)), (CL, 8 * S))
+    sums = tl.sum(detach_layout(shares), axis=0)
+    o_sum = tl.arange(0, 8 * S)
+    o_state = o_sum % S
+    pointers = p_dB + o_sum // (2 * S) * STEP + o_sum // S % 2 * N + o_state
+    tl.store(pointers, sums, mask=(o_state < N) | (S == N))
+
+
+@triton.jit
+def store_input_sums(p_q, shares0, shares1, shares2, shares3, KIND: tl.constexpr):
+    """Sums over states of four tokens' shares (CR, NL, CL, 2), in the same way, as two tiles (4, C) ``KIND`` apart."""
+    C: tl.constexpr = shares0.shape[0] * shares0.shape[2]
+    NL: tl.constexpr = shares0.shape[1]
+    shares = tl.join(tl.join(shares0, shares2), tl.join(shares1, shares3))
+    shares = tl.reshape(tl.permute(shares, (1, 3, 4, 5, 2, 0)), (NL, 8 * C))
+    o_sum = tl.arange(0, 8 * C)
+    tl.store(p_q + o_sum // (4 * C) * KIND + o_sum % (4 * C), tl.sum(detach_layout(shares), axis=0))
 
 
 @triton.jit
