@@ -11,22 +11,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_scan import LN_2, softplus_slope
+from ..selective_scan.triton_tile import detach_layout
+from ..triton_scan import LN_2, softplus
 from .op import bidirectional_selective_scan_op
+from .triton_carry import carry
 from .triton_launch import RUN_TIME_SIZES, Launch, adjacent_channels
 from .triton_reduce import finish, project_backward
 from .triton_tile import (
     block_channels,
-    carry_in,
     convolve,
+    in_lanes,
+    lane_pointers,
     load_rows,
     load_step_weight,
     load_vector,
     load_weights,
     of_channels,
+    of_lanes,
     of_states,
-    over_channels,
-    over_states,
+    raw_step_sizes,
+    scan_segment,
     sigmoid,
     silu,
     split_both_dot,
@@ -34,83 +38,70 @@ from .triton_tile import (
     state_axes,
     state_pointers,
     state_rates,
-    step_sizes,
-    store_of_channels,
-    store_of_states,
+    store_input_sums,
+    store_weight_sums,
     tile_tokens,
 )
 
-# Registers of a thread that let 12 programs run on a multiprocessor, and programs that fill a large GPU once.
+# Registers of a thread that let 12 programs run on a multiprocessor, programs that fill a large GPU once, channels of a
+# lane, and lanes that share a channel's states.
 _MAX_REGISTERS = 168
 _ENOUGH_PROGRAMS = 12 * 132
+_OWN_CHANNELS = 2
+_STATE_LANES = 4
 
 
 @triton.jit
 def _forward(state, rate, p_dt, p_u, p_B, o_local, o_state, N: tl.constexpr):
-    """Step size and input (CR, CL) of a token, its decays, and the state behind it."""
-    dt = tl.load(p_dt + o_local)
-    dt_u = dt * tl.load(p_u + o_local)
-    decay = tl.exp2(of_channels(dt) * rate)
-    return dt, dt_u, decay, decay * state + of_channels(dt_u) * of_states(load_weights(p_B, o_state, N))
+    """Step size and input (CR, NL, CL) of a token, its decays, and the state behind it."""
+    NL: tl.constexpr = o_state.shape[2]
+    dt = tl.load(lane_pointers(p_dt, o_local, NL))
+    dt_u = dt * tl.load(lane_pointers(p_u, o_local, NL))
+    decay = tl.exp2(of_lanes(dt) * rate)
+    return dt, dt_u, decay, decay * state + of_lanes(dt_u) * of_states(load_weights(p_B, o_state, N))
 
 
 @triton.jit
 def _walk_group(state, rate, p_dt, p_u, p_B, o_local, o_state, C: tl.constexpr, ROW: tl.constexpr, N: tl.constexpr):
     """State behind four tokens."""
-    _, _, _, state = _forward(state, rate, p_dt, p_u, p_B, o_local, o_state, N)
-    _, _, _, state = _forward(state, rate, p_dt + C, p_u + C, p_B + ROW, o_local, o_state, N)
-    _, _, _, state = _forward(state, rate, p_dt + 2 * C, p_u + 2 * C, p_B + 2 * ROW, o_local, o_state, N)
-    _, _, _, state = _forward(state, rate, p_dt + 3 * C, p_u + 3 * C, p_B + 3 * ROW, o_local, o_state, N)
+    for k in tl.static_range(4):
+        _, _, _, state = _forward(state, rate, p_dt + k * C, p_u + k * C, p_B + k * ROW, o_local, o_state, N)
     return state
 
 
 @triton.jit
-def _backward(
-    flow,
-    dA,
-    before,
-    state,
-    decay,
-    dt,
-    dt_u,
-    rate,
-    p_w,
-    p_q,
-    p_r,
-    p_B,
-    p_dB,
-    o_local,
-    o_state,
-    N: tl.constexpr,
-):
-    """Over one token: the flow that leaves it and the sum of gradients of the decay rates.
+def _backward(flow, dA, before, state, decay, dt, dt_u, rate, p_w, p_B, o_local, o_state, N: tl.constexpr):
+    """Over one token: flow that leaves it, sum of gradients of the decay rates, and a lane's shares of four sums.
 
     ``before`` and ``state`` are the states in front of and behind the token, ``flow`` is what reaches the latter from
-    the next one. Stores the sums over states ``grad B`` and ``flow before rate`` (CR, CL), and dB and dC (NR, NL).
+    the next one. The sums are those over channels of dB and dC, shares (NR, NG, NL, CL, 2), and those over states of
+    ``grad B`` and ``flow before rate``, shares (CR, NL, CL, 2).
     """
-    w = tl.load(p_w + o_local)
+    w = tl.load(lane_pointers(p_w, o_local, o_state.shape[2]))
     B = load_weights(p_B, o_state, N)
     C = load_weights(p_B + N, o_state, N)
-    grad = flow + of_channels(w) * of_states(C)
+    grad = flow + of_lanes(w) * of_states(C)
     flow = decay * grad
     through = flow * before
-    dA += through * of_channels(dt)
-    q = over_states(grad * of_states(B))
-    r = over_states(through * rate)
-    dB = over_channels(grad * of_channels(dt_u))
-    dC = over_channels(state * of_channels(w))
-    store_of_channels(p_q, q, o_local.shape[0], o_local.shape[1])
-    store_of_channels(p_r, r, o_local.shape[0], o_local.shape[1])
-    store_of_states(p_dB, dB, N, o_state.shape[0], o_state.shape[1])
-    store_of_states(p_dB + N, dC, N, o_state.shape[0], o_state.shape[1])
-    return flow, dA
+    dA += through * of_lanes(dt)
+    of_weights = tl.join(tl.sum(grad * of_lanes(dt_u), axis=2), tl.sum(state * of_lanes(w), axis=2))
+    of_inputs = tl.join(in_lanes(grad * of_states(B)), in_lanes(through * rate))
+    return flow, dA, of_weights, of_inputs
 
 
 @triton.jit
 def _summarize(flow, rate, p_dt, p_w, p_C, o_local, o_state, N: tl.constexpr):
     """Flow that leaves a token."""
-    grad = flow + of_channels(tl.load(p_w + o_local)) * of_states(load_weights(p_C, o_state, N))
-    return tl.exp2(of_channels(tl.load(p_dt + o_local)) * rate) * grad
+    NL: tl.constexpr = o_state.shape[2]
+    w = tl.load(lane_pointers(p_w, o_local, NL))
+    dt = tl.load(lane_pointers(p_dt, o_local, NL))
+    return tl.exp2(of_lanes(dt) * rate) * (flow + of_lanes(w) * of_states(load_weights(p_C, o_state, N)))
+
+
+@triton.jit
+def _fold_rows(tile):
+    """Sums (8, C) of every eighth row of (T, C), which the same lane holds."""
+    return tl.sum(tl.reshape(tile, (tile.shape[0] // 8, 8, tile.shape[1])), axis=0)
 
 
 @triton.jit
@@ -154,6 +145,7 @@ def _walk(
     SEGMENTED: tl.constexpr,
     T: tl.constexpr,
     NR: tl.constexpr,
+    NG: tl.constexpr,
     CR: tl.constexpr,
     NL: tl.constexpr,
     CL: tl.constexpr,
@@ -187,42 +179,44 @@ def _walk(
     p_summary += i_sequence * n_segments * N * channels
     p_step += i_sequence * n_segments * channels
     p_partial += ((i_batch * n_segments + i_segment) * K + i_direction) * n_partial * channels
-    p_dt = p_scratch + i_program * (5 * T * C)
+    p_dt = p_scratch + i_program * (6 * T * C)
     p_u = p_dt + T * C
     p_w = p_u + T * C
     p_q = p_w + T * C
     p_r = p_q + T * C
+    p_slope = p_r + T * C
     p_enter += i_program * (T // 4 * N * C)
 
     o_channel, m_channel = block_channels(i_block, channels, C)
     o_tile = tl.arange(0, T)[:, None] * C + tl.max_contiguous(tl.arange(0, C), 4)[None, :]
-    o_state, o_local = state_axes(NR, CR, NL, CL)
+    o_state, o_local = state_axes(NR, NG, CR, NL, CL)
     o_owned = i_block * C + o_local
     m_owned = (o_owned < channels) | (channels % C == 0)
-    m_exists = of_states((o_state < N) | (NR * NL == N))
+    m_exists = of_states((o_state < N) | (NR * NG * NL == N))
     m_states = of_channels(m_owned) & m_exists
     rate = state_rates(p_A_log, o_state, o_owned, m_states, N)
     weight = load_step_weight(p_dt_weight, o_channel, m_channel, rank, BLOCK_R, p_xz.dtype.element_ty)
     bias = load_vector(p_dt_bias, o_channel, m_channel)
     skip = load_vector(p_skip, o_channel, m_channel)
-    n_own = tl.minimum(n_tiles, n_all - i_segment * n_tiles)
-    i_first = n_all - i_segment * n_tiles - n_own if REVERSE else i_segment * n_tiles
+    i_first, n_own, i_scan = scan_segment(i_segment, n_segments, n_tiles, n_all, REVERSE)
+    i_back = n_segments - 1 - i_scan
     flow = tl.zeros(rate.shape, tl.float32)
     if SEGMENTED and not SUMMARY:
-        ORDER: tl.constexpr = not REVERSE
-        flow = carry_in(
-            p_summary, p_step, rate, i_segment, n_segments, o_state, o_owned, m_states, m_owned, channels, N, ORDER
-        )
+        # What the segment behind this one in scan order hands on.
+        p_flow = state_pointers(p_summary + (i_back - 1) * N * channels, o_state, o_owned, N)
+        flow = tl.load(p_flow, mask=m_states & (i_back > 0), other=0.0)
     dA = tl.zeros(rate.shape, tl.float32)
     steps = tl.zeros((C,), tl.float32)
-    dbias = tl.zeros((C,), tl.float32)
-    dskip = tl.zeros((C,), tl.float32)
-    dweight = tl.zeros((BLOCK_R, C), tl.float32)
+    dbias = tl.zeros((8, C), tl.float32)
+    dskip = tl.zeros((8, C), tl.float32)
+    dweight = tl.zeros((C, BLOCK_R), tl.float32)
     for i in range(n_own):
         i_tile = i_first + n_own - 1 - i
         o_scan, o_token = tile_tokens(i_tile, n_all, T, REVERSE)
         m_token = o_token < length
-        low_rank, dt = step_sizes(p_projected, weight, bias, o_scan, rank, ROW, BLOCK_R, PRECISION)
+        low_rank, raw = raw_step_sizes(p_projected, weight, bias, o_scan, rank, ROW, BLOCK_R, PRECISION)
+        raw = tl.reshape(detach_layout(raw[None, :, :]), raw.shape)  # leaves the product's layout once, not per result
+        dt = softplus(raw)
         tl.store(p_dt + o_tile, dt)
         z = load_rows(p_z, o_token, m_token, o_channel, m_channel, stride_x_token)
         dout = scale * load_rows(p_dout, o_token, m_token, o_channel, m_channel, stride_dout_token)
@@ -239,8 +233,9 @@ def _walk(
                 tl.store(p_tile, dz.to(p_dz.dtype.element_ty), mask=m_token[:, None] & m_channel[None, :])
             conv = convolve(p_x, p_taps, o_token, length, o_channel, m_channel, channels, stride_x_token, REVERSE, W)
             u = silu(conv)
-            dskip += tl.sum(u * w, axis=0)
+            dskip += _fold_rows(u * w)
             tl.store(p_u + o_tile, u)
+            tl.store(p_slope + o_tile, sigmoid(raw))
         tl.debug_barrier()  # other lanes read what is stored above, here and below
         p_B = p_projected + i_tile * T * ROW + RANK
         if SUMMARY:
@@ -271,52 +266,50 @@ def _walk(
                 h0 = tl.load(state_pointers(p_enter + j // 4 * (N * C), o_state, o_local, N), mask=m_exists, other=0.0)
                 dt0, v0, a0, h1 = _forward(h0, rate, p_t, p_v, p_b, o_local, o_state, N)
                 dt1, v1, a1, h2 = _forward(h1, rate, p_t + C, p_v + C, p_b + ROW, o_local, o_state, N)
+                p_a = p_w + j * C
                 dt2, v2, a2, h3 = _forward(h2, rate, p_t + 2 * C, p_v + 2 * C, p_b + 2 * ROW, o_local, o_state, N)
                 dt3, v3, a3, h4 = _forward(h3, rate, p_t + 3 * C, p_v + 3 * C, p_b + 3 * ROW, o_local, o_state, N)
-                p_a = p_w + j * C
-                p_c = p_q + j * C
-                p_d = p_r + j * C
-                flow, dA = _backward(
-                    flow, dA, h3, h4, a3, dt3, v3, rate, p_a + 3 * C, p_c + 3 * C, p_d + 3 * C, p_b + 3 * ROW,
-                    p_g + 3 * STEP, o_local, o_state, N,
-                )  # fmt: skip
-                flow, dA = _backward(
-                    flow, dA, h2, h3, a2, dt2, v2, rate, p_a + 2 * C, p_c + 2 * C, p_d + 2 * C, p_b + 2 * ROW,
-                    p_g + 2 * STEP, o_local, o_state, N,
-                )  # fmt: skip
-                flow, dA = _backward(
-                    flow, dA, h1, h2, a1, dt1, v1, rate, p_a + C, p_c + C, p_d + C, p_b + ROW,
-                    p_g + STEP, o_local, o_state, N,
-                )  # fmt: skip
-                flow, dA = _backward(
-                    flow, dA, h0, h1, a0, dt0, v0, rate, p_a, p_c, p_d, p_b, p_g, o_local, o_state, N,
-                )  # fmt: skip
+                flow, dA, s3, r3 = _backward(
+                    flow, dA, h3, h4, a3, dt3, v3, rate, p_a + 3 * C, p_b + 3 * ROW, o_local, o_state, N
+                )
+                flow, dA, s2, r2 = _backward(
+                    flow, dA, h2, h3, a2, dt2, v2, rate, p_a + 2 * C, p_b + 2 * ROW, o_local, o_state, N
+                )
+                flow, dA, s1, r1 = _backward(
+                    flow, dA, h1, h2, a1, dt1, v1, rate, p_a + C, p_b + ROW, o_local, o_state, N
+                )
+                flow, dA, s0, r0 = _backward(flow, dA, h0, h1, a0, dt0, v0, rate, p_a, p_b, o_local, o_state, N)
+                store_weight_sums(p_g, s0, s1, s2, s3, STEP, N)
+                store_input_sums(p_q + j * C, r0, r1, r2, r3, T * C)
             tl.debug_barrier()
-            dt = tl.load(p_dt + o_tile)
             q = tl.load(p_q + o_tile)
-            draw = (tl.load(p_u + o_tile) * q + LN_2 * tl.load(p_r + o_tile)) * softplus_slope(dt)
-            du = dt * q + skip[None, :] * tl.load(p_w + o_tile)
+            draw = (tl.load(p_u + o_tile) * q + LN_2 * tl.load(p_r + o_tile)) * tl.load(p_slope + o_tile)
+            tl.store(p_r + o_tile, draw)
+            du = tl.load(p_dt + o_tile) * q + skip[None, :] * tl.load(p_w + o_tile)
             p_tile = p_du + o_token[:, None] * channels + o_channel[None, :]
             tl.store(p_tile, du.to(p_du.dtype.element_ty), mask=m_channel[None, :])
-            dbias += tl.sum(draw, axis=0)
+            dbias += _fold_rows(draw)
+            tl.debug_barrier()
+            # Loaded again for the products: the compiler would compute it once more in the layout of their operands.
+            draw = tl.load(p_r + o_tile)
             o_rank = tl.arange(0, BLOCK_R)
             dlow_rank = split_dot(draw, tl.trans(weight), tl.zeros((T, BLOCK_R), tl.float32), PRECISION)
             p_low = p_dprojected + o_scan[:, None] * STEP + o_rank[None, :]
             tl.store(p_low, dlow_rank, mask=(o_rank < rank)[None, :])
-            dweight = split_both_dot(tl.trans(low_rank), draw, dweight, weight.dtype, PRECISION)
+            dweight = split_both_dot(tl.trans(draw), low_rank, dweight, weight.dtype, PRECISION)
     if SUMMARY:
-        tl.store(state_pointers(p_summary + i_segment * N * channels, o_state, o_owned, N), flow, mask=m_states)
-        tl.store(p_step + i_segment * channels + o_channel, steps, mask=m_channel)
+        tl.store(state_pointers(p_summary + i_back * N * channels, o_state, o_owned, N), flow, mask=m_states)
+        tl.store(p_step + i_back * channels + o_channel, steps, mask=m_channel)
     else:
         # A = -exp(A_log), so the gradient of A_log is A times that of A.
         p_dA = p_partial + of_states(o_state) * channels + of_channels(o_owned)
         tl.store(p_dA, dA * (rate * LN_2), mask=m_states)
         p_partial += N * channels + o_channel
         o_rank = tl.arange(0, BLOCK_R)
-        m_weight = (o_rank < rank)[:, None] & m_channel[None, :]
-        tl.store(p_partial[None, :] + o_rank[:, None] * channels, dweight, mask=m_weight)
-        tl.store(p_partial + rank * channels, dbias, mask=m_channel)
-        tl.store(p_partial + (rank + 1) * channels, dskip, mask=m_channel)
+        m_weight = (o_rank < rank)[None, :] & m_channel[:, None]
+        tl.store(p_partial[:, None] + o_rank[None, :] * channels, dweight, mask=m_weight)
+        tl.store(p_partial + rank * channels, tl.sum(dbias, axis=0), mask=m_channel)
+        tl.store(p_partial + (rank + 1) * channels, tl.sum(dskip, axis=0), mask=m_channel)
 
 
 @triton.jit(do_not_specialize=RUN_TIME_SIZES)
@@ -363,6 +356,7 @@ def bidirectional_selective_scan_bwd_kernel_scan(
     SEGMENTED: tl.constexpr,
     T: tl.constexpr,
     NR: tl.constexpr,
+    NG: tl.constexpr,
     CR: tl.constexpr,
     NL: tl.constexpr,
     CL: tl.constexpr,
@@ -415,6 +409,7 @@ def bidirectional_selective_scan_bwd_kernel_scan(
             SEGMENTED,
             T,
             NR,
+            NG,
             CR,
             NL,
             CL,
@@ -462,6 +457,7 @@ def bidirectional_selective_scan_bwd_kernel_scan(
             SEGMENTED,
             T,
             NR,
+            NG,
             CR,
             NL,
             CL,
@@ -481,13 +477,15 @@ def bidirectional_backward(
     dout = adjacent_channels(dout)
     batch, length, channels = launch.batch, launch.length, launch.channels
     sequences = (launch.directions, batch)
-    grid, n_tiles, segments, constants = launch.plan(_MAX_REGISTERS, _ENOUGH_PROGRAMS, launch.directions)
+    grid, n_tiles, segments, constants = launch.plan(
+        _OWN_CHANNELS, _STATE_LANES, _MAX_REGISTERS, _ENOUGH_PROGRAMS, launch.directions
+    )
     summary, steps = launch.summaries(segments)
     block, tile = constants["CR"] * constants["CL"], constants["T"]
     programs = grid[0] * grid[1] * grid[2]
-    scratch = launch.empty(programs, 5, tile, block)
+    scratch = launch.empty(programs, 6, tile, block)
     enter = launch.empty(programs, tile // 4, block, launch.state)
-    # In float32: its rounding is what the gradients of small models suffer from most.
+    # In float32: roundings of du and of the low-rank values are what small models' gradients suffer from.
     du = launch.empty(*sequences, launch.padded, channels)
     dxz = launch.empty(batch, length, 2 * channels, dtype=xz.dtype)
     dprojected = launch.empty(grid[0], *sequences, launch.padded, launch.row)
@@ -497,9 +495,17 @@ def bidirectional_backward(
     sizes = (launch.length, launch.channels, launch.rank, launch.tiles, n_tiles, segments)
     arguments = (*tensors, partial, *members[0], *members[-1], scale, *sizes)
     arguments += (*launch.xz.stride()[:2], *dout.stride()[:2], partial.shape[2])
-    constants |= dict(K=launch.directions, SEGMENTED=segments > 1)
+    constants |= dict(
+        K=launch.directions,
+        SEGMENTED=segments > 1,
+        W=launch.width,
+        RANK=launch.row - 2 * launch.state,
+        BLOCK_R=max(16, triton.next_power_of_2(launch.rank)),
+        PRECISION=launch.precision,
+    )
     if segments > 1:
         bidirectional_selective_scan_bwd_kernel_scan[grid](*arguments, SUMMARY=True, **constants)
+        carry(launch, summary, steps)
     bidirectional_selective_scan_bwd_kernel_scan[grid](*arguments, SUMMARY=False, **constants)
     dprojected = dprojected.sum(0) if grid[0] > 1 else dprojected[0]
     return dxz, finish(launch, partial, *project_backward(launch, dprojected, du, dxz, taps))

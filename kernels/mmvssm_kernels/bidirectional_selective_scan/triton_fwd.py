@@ -2,8 +2,8 @@
 
 A program owns a block of channels of one sequence and walks its tokens, first of the backward direction, whose result
 it leaves in a float32 scratch, then of the forward direction, adding, gating and rounding once. Sequences with few
-channels are cut into segments: a first launch leaves each segment's state from zero and its sum of step sizes, from
-which every program of the second launch computes the state that enters its segment.
+channels are cut into segments: a first launch leaves each segment's state from zero and its sum of step sizes, a second
+one makes of them the states that enter the segments, and the third walks.
 """
 
 import torch
@@ -11,63 +11,76 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_carry import carry
 from .triton_launch import RUN_TIME_SIZES, Launch
 from .triton_project import project
 from .triton_tile import (
-    block_channels,
-    carry_in,
-    convolve,
-    load_rows,
-    load_step_weight,
-    load_vector,
+    in_lanes,
+    load_of_channels,
     load_weights,
     of_channels,
+    of_lanes,
     of_states,
-    over_states,
+    scan_segment,
     silu,
     state_axes,
     state_pointers,
     state_rates,
-    step_sizes,
     store_of_channels,
-    tile_tokens,
 )
 
-# Registers of a thread that let 25 programs run on a multiprocessor, and programs that keep a large GPU busy.
-_MAX_REGISTERS = 80
-_ENOUGH_PROGRAMS = 2640
+# Registers of a thread, programs that run side by side on a large GPU with them, channels of a lane,
+# and lanes that share a channel's states.
+_MAX_REGISTERS = 128
+_ENOUGH_PROGRAMS = 16 * 132
+_OWN_CHANNELS = 2
+_STATE_LANES = 2
 
 
 @triton.jit
-def _token(
-    state, rate, skip, p_dt, p_u, p_row, o_local, o_state, RANK: tl.constexpr, N: tl.constexpr, SUMMARY: tl.constexpr
-):
-    """State behind one token, and its result (CR, CL)."""
-    dt = tl.load(p_dt + o_local)
-    u = tl.load(p_u + o_local)
-    B = load_weights(p_row + RANK, o_state, N)
-    state = tl.exp2(of_channels(dt) * rate) * state + of_channels(dt * u) * of_states(B)
+def _load_output_weights(p_B, o_state, N: tl.constexpr, SUMMARY: tl.constexpr):
+    """C of a token; for summaries, which need none, B."""
+    return load_weights(p_B if SUMMARY else p_B + N, o_state, N)
+
+
+@triton.jit
+def _token(state, rate, skip, dt, u, B, C, SUMMARY: tl.constexpr):
+    """State behind one token, and its result (CR, CL), or its step size (CR, NL, CL) for summaries."""
+    dt = dt.to(tl.float32)
+    u = u.to(tl.float32)
+    state = tl.exp2(of_lanes(dt) * rate) * state + of_lanes(dt * u) * of_states(B)
     if SUMMARY:
-        return state, u
+        return state, dt
     else:
-        C = load_weights(p_row + RANK + N, o_state, N)
-        return state, over_states(state * of_states(C)) + skip * u
+        # Every lane of a channel adds its share of what goes past the state.
+        return state, tl.sum(in_lanes(state * of_states(C)) + skip * u, axis=1)
+
+
+@triton.jit
+def _load_token(state, rate, skip, dt, u, p_B, o_state, N: tl.constexpr, SUMMARY: tl.constexpr):
+    """The same with B and C from memory."""
+    B = load_weights(p_B, o_state, N)
+    return _token(state, rate, skip, dt, u, B, _load_output_weights(p_B, o_state, N, SUMMARY), SUMMARY)
+
+
+@triton.jit
+def _rows_of_tokens(y0, y1, y2, y3):
+    """Tile (4, C) of the results of four tokens (CR, CL)."""
+    y = tl.join(tl.join(y0, y2), tl.join(y1, y3))  # the last axis is the lowest bit of the token
+    return tl.reshape(tl.permute(y, (2, 3, 1, 0)), (4, y0.shape[0] * y0.shape[1]))
 
 
 @triton.jit
 def _walk(
-    p_x,
+    p_u,
+    p_dt,
     p_z,
     p_projected,
-    p_taps,
-    p_dt_weight,
-    p_dt_bias,
     p_A_log,
     p_skip,
     p_border,
     p_summary,
     p_step,
-    p_scratch,
     p_sum,
     p_y,
     p_out,
@@ -75,13 +88,11 @@ def _walk(
     i_segment,
     length,
     channels: tl.constexpr,
-    rank,
     n_all,
     n_tiles,
     n_segments,
-    stride_x_token,
+    stride_z_token,
     N: tl.constexpr,
-    W: tl.constexpr,
     RANK: tl.constexpr,
     REVERSE: tl.constexpr,
     SUMMARY: tl.constexpr,
@@ -91,121 +102,128 @@ def _walk(
     GATE: tl.constexpr,
     T: tl.constexpr,
     NR: tl.constexpr,
+    NG: tl.constexpr,
     CR: tl.constexpr,
     NL: tl.constexpr,
     CL: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """One direction of one segment; pointers are at the batch element (and direction)."""
-    C: tl.constexpr = CR * CL
+    BLOCK_C: tl.constexpr = CR * CL
     ROW: tl.constexpr = RANK + 2 * N
-    o_row = tl.arange(0, T)
-    o_channel, m_channel = block_channels(tl.program_id(0), channels, C)
-    o_state, o_local = state_axes(NR, CR, NL, CL)
-    o_owned = tl.program_id(0) * C + o_local
-    m_owned = (o_owned < channels) | (channels % C == 0)
-    m_states = of_channels(m_owned) & of_states((o_state < N) | (NR * NL == N))
+    o_state, o_local = state_axes(NR, NG, CR, NL, CL)
+    o_owned = tl.program_id(0) * BLOCK_C + o_local
+    m_owned = (o_owned < channels) | (channels % BLOCK_C == 0)
+    m_states = of_channels(m_owned) & of_states((o_state < N) | (NR * NG * NL == N))
     rate = state_rates(p_A_log, o_state, o_owned, m_states, N)
-    skip = load_vector(p_skip, o_owned, m_owned)
-    o_tile = o_row[:, None] * C + tl.max_contiguous(tl.arange(0, C), 4)[None, :]
-    weight = load_step_weight(p_dt_weight, o_channel, m_channel, rank, BLOCK_R, p_x.dtype.element_ty)
-    bias = load_vector(p_dt_bias, o_channel, m_channel)
-    p_dt = p_scratch
-    p_u = p_scratch + T * C
-    n_own = tl.minimum(n_tiles, n_all - i_segment * n_tiles)
-    i_first = n_all - i_segment * n_tiles - n_own if REVERSE else i_segment * n_tiles
+    skip = load_of_channels(p_skip, o_owned, m_owned, NL).to(tl.float32) / NL
+    i_first, n_own, i_scan = scan_segment(i_segment, n_segments, n_tiles, n_all, REVERSE)
     state = tl.zeros(rate.shape, tl.float32)
     if SEGMENTED and not SUMMARY:
-        state = carry_in(
-            p_summary, p_step, rate, i_segment, n_segments, o_state, o_owned, m_states, m_owned, channels, N, REVERSE
-        )
-    steps = tl.zeros((C,), tl.float32)
-    for i in range(n_own):
-        i_tile = i_first + i
-        o_scan, o_token = tile_tokens(i_tile, n_all, T, REVERSE)
-        m_token = o_token < length
-        _, dt = step_sizes(p_projected, weight, bias, o_scan, rank, ROW, BLOCK_R, PRECISION)
-        conv = convolve(p_x, p_taps, o_token, length, o_channel, m_channel, channels, stride_x_token, REVERSE, W)
-        u = silu(conv)
-        tl.store(p_dt + o_tile, dt)
-        tl.store(p_u + o_tile, u)
-        tl.debug_barrier()  # other lanes read what is stored above, here and below
+        # What the segment before this one hands on.
+        p_enter = state_pointers(p_summary + (i_scan - 1) * N * channels, o_state, o_owned, N)
+        state = tl.load(p_enter, mask=m_states & (i_scan > 0), other=0.0)
+    steps = tl.zeros((CR, NL, CL), tl.float32)
+    STEP: tl.constexpr = -channels if REVERSE else channels
+    o_token = n_all * T - 1 - i_first * T if REVERSE else i_first * T
+    p_t = p_dt + o_token * channels
+    p_v = p_u + o_token * channels
+    p_B = p_projected + i_first * T * ROW + RANK
+    B = load_weights(p_B, o_state, N)
+    C = _load_output_weights(p_B, o_state, N, SUMMARY)
+    dt0 = load_of_channels(p_t, o_owned, m_owned, NL)
+    u0 = load_of_channels(p_v, o_owned, m_owned, NL)
+    dt1 = load_of_channels(p_t + STEP, o_owned, m_owned, NL)
+    u1 = load_of_channels(p_v + STEP, o_owned, m_owned, NL)
+    dt2 = load_of_channels(p_t + 2 * STEP, o_owned, m_owned, NL)
+    u2 = load_of_channels(p_v + 2 * STEP, o_owned, m_owned, NL)
+    dt3 = load_of_channels(p_t + 3 * STEP, o_owned, m_owned, NL)
+    u3 = load_of_channels(p_v + 3 * STEP, o_owned, m_owned, NL)
+    n_groups = n_own * (T // 4)
+    for i in range(n_groups):
         if KEEP and not SUMMARY:
-            p_enter = state_pointers(p_border + (i_tile.to(tl.int64) - 1) * N * channels, o_state, o_owned, N)
-            tl.store(p_enter, state, mask=m_states & (i_tile > 0))
-        for j in range(0, T, 4):
-            p_t = p_dt + j * C
-            p_v = p_u + j * C
-            p_row = p_projected + (i_tile * T + j) * ROW
-            state, y0 = _token(state, rate, skip, p_t, p_v, p_row, o_local, o_state, RANK, N, SUMMARY)
-            state, y1 = _token(state, rate, skip, p_t + C, p_v + C, p_row + ROW, o_local, o_state, RANK, N, SUMMARY)
-            state, y2 = _token(
-                state, rate, skip, p_t + 2 * C, p_v + 2 * C, p_row + 2 * ROW, o_local, o_state, RANK, N, SUMMARY
-            )
-            state, y3 = _token(
-                state, rate, skip, p_t + 3 * C, p_v + 3 * C, p_row + 3 * ROW, o_local, o_state, RANK, N, SUMMARY
-            )
-            if not SUMMARY:
-                # Stores come last: loads do not move across them. The inputs are not needed any more.
-                store_of_channels(p_v, y0, CR, CL)
-                store_of_channels(p_v + C, y1, CR, CL)
-                store_of_channels(p_v + 2 * C, y2, CR, CL)
-                store_of_channels(p_v + 3 * C, y3, CR, CL)
-        tl.debug_barrier()
-        if SUMMARY:
-            steps += tl.sum(dt, axis=0)
-        else:
-            y = tl.load(p_u + o_tile)
-            o_dense = o_token[:, None] * channels + o_channel[None, :]
-            m_padded = m_channel[None, :]
-            m_tile = m_token[:, None] & m_channel[None, :]
+            i_tile = i_first + i // (T // 4)
+            if (i % (T // 4) == 0) & (i_tile > 0):
+                p_kept = state_pointers(p_border + (i_tile.to(tl.int64) - 1) * N * channels, o_state, o_owned, N)
+                tl.store(p_kept, state, mask=m_states)
+        # Step sizes and inputs of the next four tokens are loaded while these are walked.
+        ahead = tl.where(i + 1 < n_groups, 4, 0) * STEP
+        p_t += ahead
+        p_v += ahead
+        next_dt0 = load_of_channels(p_t, o_owned, m_owned, NL)
+        next_u0 = load_of_channels(p_v, o_owned, m_owned, NL)
+        next_dt1 = load_of_channels(p_t + STEP, o_owned, m_owned, NL)
+        next_u1 = load_of_channels(p_v + STEP, o_owned, m_owned, NL)
+        next_dt2 = load_of_channels(p_t + 2 * STEP, o_owned, m_owned, NL)
+        next_u2 = load_of_channels(p_v + 2 * STEP, o_owned, m_owned, NL)
+        next_dt3 = load_of_channels(p_t + 3 * STEP, o_owned, m_owned, NL)
+        next_u3 = load_of_channels(p_v + 3 * STEP, o_owned, m_owned, NL)
+        p_next = p_B + tl.where(i + 1 < n_groups, 4 * ROW, 0)
+        next_B = load_weights(p_next, o_state, N)
+        next_C = _load_output_weights(p_next, o_state, N, SUMMARY)
+        if GATE and not SUMMARY:
+            o_row = (i_first * T + i * 4) + tl.arange(0, 4)
+            o_channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+            m_padded = ((o_channel < channels) | (channels % BLOCK_C == 0))[None, :]
+            o_dense = o_row[:, None] * channels + o_channel[None, :]
+            m_tile = (o_row < length)[:, None] & m_padded
+            z = tl.load(p_z + o_row[:, None] * stride_z_token + o_channel[None, :], mask=m_tile, other=0.0)
             if ADD:
-                y += tl.load(p_sum + o_dense, mask=m_padded, other=0.0)
-            if GATE:
-                if KEEP:
-                    tl.store(p_y + o_dense, y.to(p_y.dtype.element_ty), mask=m_padded)
-                y *= scale * silu(load_rows(p_z, o_token, m_token, o_channel, m_channel, stride_x_token))
-                tl.store(p_out + o_dense, y.to(p_out.dtype.element_ty), mask=m_tile)
-            else:
-                tl.store(p_sum + o_dense, y, mask=m_padded)
+                other = tl.load(p_sum + o_dense, mask=m_padded, other=0.0)
+        tl.debug_barrier()  # otherwise the compiler moves the loads above to where their results are used
+        state, y0 = _token(state, rate, skip, dt0, u0, B, C, SUMMARY)
+        state, y1 = _load_token(state, rate, skip, dt1, u1, p_B + ROW, o_state, N, SUMMARY)
+        state, y2 = _load_token(state, rate, skip, dt2, u2, p_B + 2 * ROW, o_state, N, SUMMARY)
+        state, y3 = _load_token(state, rate, skip, dt3, u3, p_B + 3 * ROW, o_state, N, SUMMARY)
+        if SUMMARY:
+            steps += (y0 + y1) + (y2 + y3)
+        elif GATE:
+            y = _rows_of_tokens(y0, y1, y2, y3)
+            if ADD:
+                y += other
+            if KEEP:
+                tl.store(p_y + o_dense, y.to(p_y.dtype.element_ty), mask=m_padded)
+            y *= scale * silu(z.to(tl.float32))
+            tl.store(p_out + o_dense, y.to(p_out.dtype.element_ty), mask=m_tile)
+        else:
+            p_to = p_sum + (n_all * T - 1 - i_first * T - i * 4) * channels
+            store_of_channels(p_to, y0[:, None, :], o_owned, m_owned, NL)
+            store_of_channels(p_to + STEP, y1[:, None, :], o_owned, m_owned, NL)
+            store_of_channels(p_to + 2 * STEP, y2[:, None, :], o_owned, m_owned, NL)
+            store_of_channels(p_to + 3 * STEP, y3[:, None, :], o_owned, m_owned, NL)
+        p_B = p_next
+        B, C = next_B, next_C
+        dt0, u0, dt1, u1 = next_dt0, next_u0, next_dt1, next_u1
+        dt2, u2, dt3, u3 = next_dt2, next_u2, next_dt3, next_u3
     if SUMMARY:
-        p_local = state_pointers(p_summary + i_segment * N * channels, o_state, o_owned, N)
-        tl.store(p_local, state, mask=m_states)
-        tl.store(p_step + i_segment * channels + o_channel, steps, mask=m_channel)
+        tl.store(state_pointers(p_summary + i_scan * N * channels, o_state, o_owned, N), state, mask=m_states)
+        store_of_channels(p_step + i_scan * channels, steps, o_owned, m_owned, NL)
 
 
 @triton.jit(do_not_specialize=RUN_TIME_SIZES)
 def bidirectional_selective_scan_fwd_kernel_scan(
     p_xz,
+    p_u,
+    p_dt,
     p_projected,
-    p_taps,
     p_border,
     p_summary,
     p_step,
-    p_scratch,
     p_sum,
     p_y,
     p_out,
-    p_dt_weight,
-    p_dt_bias,
     p_A_log,
     p_skip,
-    p_dt_weight_b,
-    p_dt_bias_b,
     p_A_log_b,
     p_skip_b,
     scale,
     length,
     channels: tl.constexpr,
-    rank,
     n_all,
     n_tiles,
     n_segments,
     stride_x_batch,
     stride_x_token,
     N: tl.constexpr,
-    W: tl.constexpr,
     RANK: tl.constexpr,
     TWO: tl.constexpr,
     SUMMARY: tl.constexpr,
@@ -213,38 +231,35 @@ def bidirectional_selective_scan_fwd_kernel_scan(
     KEEP: tl.constexpr,
     T: tl.constexpr,
     NR: tl.constexpr,
+    NG: tl.constexpr,
     CR: tl.constexpr,
     NL: tl.constexpr,
     CL: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Result (B, L, E) and entering states of all tiles (K, B, tiles - 1, E, N); or only the segments' summaries."""
-    i_segment = tl.program_id(1)
+    """Result (B, L, E) and entering states of all tiles (K, B, tiles - 1, E, N); or only the segments' summaries.
+
+    For summaries either direction has programs of its own.
+    """
+    BOTH: tl.constexpr = TWO and not SUMMARY
+    i_segment = tl.program_id(1) % n_segments
     i_batch = tl.program_id(2).to(tl.int64)
     n_batch = tl.num_programs(2)
-    i_program = (i_batch * n_segments + i_segment) * tl.num_programs(0) + tl.program_id(0)
-    p_scratch += i_program * (2 * T * CR * CL)
-    p_xz += i_batch * stride_x_batch
-    p_z = p_xz + channels
+    p_z = p_xz + i_batch * stride_x_batch + channels
     p_sum += i_batch * n_all * T * channels
     p_y += i_batch * n_all * T * channels
     p_out += i_batch * length * channels
-    if TWO:
-        i_other = n_batch + i_batch
+    i_other = n_batch + i_batch
+    if BOTH or (TWO and tl.program_id(1) >= n_segments):
         _walk(
-            p_xz,
+            p_u + i_other * n_all * T * channels,
+            p_dt + i_other * n_all * T * channels,
             p_z,
             p_projected + i_other * n_all * T * (RANK + 2 * N),
-            p_taps + (W + 1) * channels,
-            p_dt_weight_b,
-            p_dt_bias_b,
             p_A_log_b,
             p_skip_b,
             p_border + i_other * (n_all - 1) * N * channels,
             p_summary + i_other * n_segments * N * channels,
             p_step + i_other * n_segments * channels,
-            p_scratch,
             p_sum,
             p_y,
             p_out,
@@ -252,13 +267,11 @@ def bidirectional_selective_scan_fwd_kernel_scan(
             i_segment,
             length,
             channels,
-            rank,
             n_all,
             n_tiles,
             n_segments,
             stride_x_token,
             N,
-            W,
             RANK,
             True,
             SUMMARY,
@@ -268,55 +281,49 @@ def bidirectional_selective_scan_fwd_kernel_scan(
             False,
             T,
             NR,
+            NG,
             CR,
             NL,
             CL,
-            BLOCK_R,
-            PRECISION,
         )
-        tl.debug_barrier()  # sums stored above are read below, perhaps by other lanes
-    _walk(
-        p_xz,
-        p_z,
-        p_projected + i_batch * n_all * T * (RANK + 2 * N),
-        p_taps,
-        p_dt_weight,
-        p_dt_bias,
-        p_A_log,
-        p_skip,
-        p_border + i_batch * (n_all - 1) * N * channels,
-        p_summary + i_batch * n_segments * N * channels,
-        p_step + i_batch * n_segments * channels,
-        p_scratch,
-        p_sum,
-        p_y,
-        p_out,
-        scale,
-        i_segment,
-        length,
-        channels,
-        rank,
-        n_all,
-        n_tiles,
-        n_segments,
-        stride_x_token,
-        N,
-        W,
-        RANK,
-        False,
-        SUMMARY,
-        SEGMENTED,
-        KEEP,
-        TWO,
-        True,
-        T,
-        NR,
-        CR,
-        NL,
-        CL,
-        BLOCK_R,
-        PRECISION,
-    )
+        tl.debug_barrier()  # sums stored above are read below by other lanes
+    if BOTH or tl.program_id(1) < n_segments:
+        _walk(
+            p_u + i_batch * n_all * T * channels,
+            p_dt + i_batch * n_all * T * channels,
+            p_z,
+            p_projected + i_batch * n_all * T * (RANK + 2 * N),
+            p_A_log,
+            p_skip,
+            p_border + i_batch * (n_all - 1) * N * channels,
+            p_summary + i_batch * n_segments * N * channels,
+            p_step + i_batch * n_segments * channels,
+            p_sum,
+            p_y,
+            p_out,
+            scale,
+            i_segment,
+            length,
+            channels,
+            n_all,
+            n_tiles,
+            n_segments,
+            stride_x_token,
+            N,
+            RANK,
+            False,
+            SUMMARY,
+            SEGMENTED,
+            KEEP,
+            TWO,
+            True,
+            T,
+            NR,
+            NG,
+            CR,
+            NL,
+            CL,
+        )
 
 
 def bidirectional_forward(
@@ -328,18 +335,19 @@ def bidirectional_forward(
     if not keep:
         projected = launch.empty(launch.directions, launch.batch, launch.padded, launch.row)
         taps = launch.empty(launch.directions, launch.width + 1, launch.channels)
-    project(launch, projected, taps)
+    u, dt = project(launch, projected, taps)
     out = xz.new_empty(launch.batch, launch.length, launch.channels, dtype=out_dtype)
     sums = out if launch.directions == 1 else launch.empty(launch.batch, launch.padded, launch.channels)
-    grid, n_tiles, segments, constants = launch.plan(_MAX_REGISTERS, _ENOUGH_PROGRAMS)
+    grid, n_tiles, segments, constants = launch.plan(_OWN_CHANNELS, _STATE_LANES, _MAX_REGISTERS, _ENOUGH_PROGRAMS)
     summary, steps = launch.summaries(segments)
-    scratch = launch.empty(grid[0] * grid[1] * grid[2], 2, constants["T"], constants["CR"] * constants["CL"])
-    members = [[p[i] for i in (3, 4, 5, 6)] for p in launch.parameters]
-    tensors = (launch.xz, projected, taps, borders, summary, steps, scratch, sums, y, out, *members[0], *members[-1])
-    sizes = (launch.length, launch.channels, launch.rank, launch.tiles, n_tiles, segments)
+    members = [[p[i] for i in (5, 6)] for p in launch.parameters]
+    tensors = (launch.xz, u, dt, projected, borders, summary, steps, sums, y, out, *members[0], *members[-1])
+    sizes = (launch.length, launch.channels, launch.tiles, n_tiles, segments)
     arguments = (*tensors, scale, *sizes, *launch.xz.stride()[:2])
-    constants |= dict(TWO=launch.directions == 2, KEEP=keep, SEGMENTED=segments > 1)
+    constants |= dict(TWO=launch.directions == 2, SEGMENTED=segments > 1, RANK=launch.row - 2 * launch.state)
     if segments > 1:
-        bidirectional_selective_scan_fwd_kernel_scan[grid](*arguments, SUMMARY=True, **constants)
-    bidirectional_selective_scan_fwd_kernel_scan[grid](*arguments, SUMMARY=False, **constants)
+        summary_grid = (grid[0], grid[1] * launch.directions, grid[2])
+        bidirectional_selective_scan_fwd_kernel_scan[summary_grid](*arguments, SUMMARY=True, KEEP=False, **constants)
+        carry(launch, summary, steps)
+    bidirectional_selective_scan_fwd_kernel_scan[grid](*arguments, SUMMARY=False, KEEP=keep, **constants)
     return out

@@ -9,14 +9,17 @@ from .parameters import split_parameters
 
 # Not specialised, so that one kernel serves all lengths.
 RUN_TIME_SIZES = ["scale", "length", "n_all", "n_tiles", "n_segments"]
-_MAX_SEGMENTS = 128
+_MAX_SEGMENTS = 512
 # A segment shorter than this costs more in summaries than it gains.
 _MIN_TILES_PER_SEGMENT = 4
 
 
 def segment_tiles(tiles: int, programs: int, enough: int) -> int:
-    """Tiles per segment: all of them when ``programs`` are ``enough`` for the GPU, else so many that there are."""
-    wanted = min(_MAX_SEGMENTS, max(1, enough // programs))
+    """Tiles per segment: all of them when ``programs`` nearly are ``enough`` for the GPU, else so many that there are.
+
+    Cut sequences are walked twice, so fewer than three segments do not pay.
+    """
+    wanted = min(_MAX_SEGMENTS, enough // programs if enough >= 3 * programs else 1)
     return max(triton.cdiv(tiles, wanted), min(_MIN_TILES_PER_SEGMENT, tiles))
 
 
@@ -49,33 +52,32 @@ class Launch:
         # Products whose operands are float32 whatever the inputs are, from three of tf32 where the GPU has them.
         self.precision = "ieee" if torch.version.hip else "tf32x3"
 
-    def plan(self, max_registers: int, enough_programs: int, directions: int = 1):
+    def plan(self, own_channels: int, state_lanes: int, registers: int, enough_programs: int, directions: int = 1):
         """Grid, tiles per segment, segments and constants for kernels whose programs own a tile of states.
 
-        Four lanes share two channels of up to 16 states. Input and output weights are the same for all channels, and
-        what a multiprocessor's cache can hand out is what binds, so lanes should have more than one; sums over either
-        axis take few steps then, too.
+        Lanes have ``own_channels`` channels, whose states are shared by ``state_lanes`` of them. B and C are the same
+        for all channels, and a multiprocessor's cache hands them out to every lane anew, so lanes should have more than
+        one channel, and fewer states.
         """
         states = triton.next_power_of_2(self.state)
-        state_lanes, own_channels = min(max(1, states // 4), 4), 2
+        own_states = min(4, states)
+        groups = states // own_states
+        state_lanes = min(groups, max(state_lanes, min(4, states // 16)))
         channel_lanes = 32 // state_lanes
         blocks = triton.cdiv(self.channels, own_channels * channel_lanes)
         n_tiles = segment_tiles(self.tiles, self.batch * blocks * directions, enough_programs)
         segments = triton.cdiv(self.tiles, n_tiles)
         constants = dict(
             N=self.state,
-            W=self.width,
-            RANK=self.row - 2 * self.state,
             T=TILE,
-            NR=states // state_lanes,
+            NR=own_states,
+            NG=groups // state_lanes,
             CR=own_channels,
             NL=state_lanes,
             CL=channel_lanes,
-            BLOCK_R=max(16, triton.next_power_of_2(self.rank)),
-            PRECISION=self.precision,
             num_warps=1,
             num_stages=1,
-            **register_limit(max_registers),
+            **register_limit(registers),
         )
         return (blocks, segments * directions, self.batch), n_tiles, segments, constants
 

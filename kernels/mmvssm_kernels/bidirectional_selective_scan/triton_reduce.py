@@ -9,11 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..selective_scan.triton_tile import detach_layout
+from .triton_launch import register_limit
 from .triton_tile import block_channels, convolve, load_rows, load_vector, sigmoid, split_dot
 
 # Tokens of a program of the first and of the second kernel.
 _PROJECT_TOKENS = 256
 _CONVOLVE_TOKENS = 32
+# Of the first kernel: tokens and channels of a step (fewer for float32), warps, and registers of a thread.
+_TOKENS = 32
+_CHANNELS = 64
+_WARPS = 4
+_REGISTERS = 255
 
 
 @triton.jit
@@ -57,7 +64,9 @@ def _unproject(
         p_rows = p_dprojected + o_token[:, None] * ROW + o_row[None, :]
         dprojected = tl.load(p_rows, mask=m_token[:, None] & m_row[None, :], other=0.0)
         du = load_rows(p_du, o_token, m_token, o_channel, m_channel, channels)
-        du = split_dot(dprojected, weight, du, PRECISION)
+        # Detached from the layout of the product, in which the convolution would be computed once more.
+        through = split_dot(dprojected, weight, tl.zeros(du.shape, tl.float32), PRECISION)
+        du += tl.reshape(detach_layout(through[None, :, :]), du.shape)
         conv = convolve(p_x, p_taps, o_token, length, o_channel, m_channel, channels, stride_x_token, REVERSE, W)
         slope = sigmoid(conv)
         u = tl.where(m_token[:, None], conv * slope, 0.0).to(narrow)
@@ -270,7 +279,7 @@ def project_backward(launch, dprojected: Tensor, du: Tensor, dxz: Tensor, taps: 
     """Fill the inputs' half of ``dxz``; partial sums (P, K, rows, E) of both kernels."""
     directions, batch, length, channels = launch.directions, launch.batch, launch.length, launch.channels
     is_narrow = launch.xz.element_size() == 2
-    block_tokens, block_channels = 32, 64 if is_narrow else 32
+    block_tokens, block_channels = _TOKENS, _CHANNELS if is_narrow else 32
     segments = triton.cdiv(length, _PROJECT_TOKENS)
     dconv = launch.empty(directions, batch, length, channels, dtype=launch.xz.dtype)
     projected = launch.empty(batch * segments, directions, launch.rows + 1, channels)
@@ -297,9 +306,10 @@ def project_backward(launch, dprojected: Tensor, du: Tensor, dxz: Tensor, taps: 
         BLOCK_C=block_channels,
         BLOCK_P=max(16, triton.next_power_of_2(launch.row)),
         PRECISION=launch.precision,
-        num_warps=4,
+        num_warps=_WARPS,
         num_stages=1,
         **constants,
+        **(register_limit(_REGISTERS) if is_narrow and launch.block_rows <= 64 else {}),
     )
     segments = triton.cdiv(length, _CONVOLVE_TOKENS)
     block_channels = min(128, max(32, triton.next_power_of_2(channels)))

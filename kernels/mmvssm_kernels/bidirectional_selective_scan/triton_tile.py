@@ -1,9 +1,10 @@
 """Building blocks of the scan kernels of Vim's inner block.
 
-A program is one warp that owns a block of channels of one sequence. It walks tiles of T tokens: what needs no
-recurrence (convolution, step sizes) is made for a whole tile (T, C) and left in a scratch of the program, which stays
-in the cache. Then the tokens are walked one by one, with all states of the channels in registers. Tiles of states have
-two axes for states and two for channels, see :func:`state_axes`, so that no layout ever has to be converted.
+A program is one warp that owns a block of channels of one sequence and walks its tokens one by one, with all states of
+the channels in registers. Tiles of states have three axes for states and two for channels, see :func:`state_axes`, and
+per-channel values are loaded into every lane that needs them, so that no layout ever has to be converted. What needs no
+recurrence (convolution, step sizes) is made for whole tiles of T tokens (T, C), in kernels of its own or in a scratch
+of the program, which stays in the cache.
 
 ``projected`` holds a row [step-size rank | B | C] for every token in scan order, the backward direction's reversed
 after padding to whole tiles; rows of the padding are zero.
@@ -12,7 +13,8 @@ after padding to whole tiles; rows of the padding are zero.
 import triton
 import triton.language as tl
 
-from ..triton_scan import LOG2_E, softplus
+from ..selective_scan.triton_tile import detach_layout
+from ..triton_scan import LOG2_E
 
 
 @triton.jit
@@ -93,8 +95,8 @@ def split_both_dot(left, right, total, dtype: tl.constexpr, PRECISION: tl.conste
 
 
 @triton.jit
-def step_sizes(p_projected, weight, bias, o_scan, rank, ROW: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION):
-    """Low-rank values (T, R) and step sizes (T, C) of a tile.
+def raw_step_sizes(p_projected, weight, bias, o_scan, rank, ROW: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION):
+    """Low-rank values (T, R) and step sizes (T, C) of a tile before their softplus.
 
     Tokens of the padding have step sizes too, but input and output weights of zero: before the first token in scan
     order they leave the state zero, after the last one nobody reads it, and no gradient flows through either.
@@ -102,7 +104,7 @@ def step_sizes(p_projected, weight, bias, o_scan, rank, ROW: tl.constexpr, BLOCK
     o_rank = tl.arange(0, BLOCK_R)
     low_rank = tl.load(p_projected + o_scan[:, None] * ROW + o_rank[None, :], mask=(o_rank < rank)[None, :], other=0.0)
     raw = split_dot(low_rank, weight, tl.zeros((o_scan.shape[0], bias.shape[0]), tl.float32), PRECISION)
-    return low_rank, softplus(raw + bias[None, :])
+    return low_rank, raw + bias[None, :]
 
 
 @triton.jit
@@ -118,38 +120,40 @@ def convolve(p_x, p_taps, o_token, length, o_channel, m_channel, channels, strid
 
 
 @triton.jit
-def state_axes(NR: tl.constexpr, CR: tl.constexpr, NL: tl.constexpr, CL: tl.constexpr):
-    """States (NR, NL) and channels (CR, CL) of a block, from zero: a lane's own NR states and CR channels are adjacent.
+def state_axes(NR: tl.constexpr, NG: tl.constexpr, CR: tl.constexpr, NL: tl.constexpr, CL: tl.constexpr):
+    """States (NR, NG, NL) and channels (CR, CL) of a block, from zero.
 
-    Tiles of states are (NR, CR, NL, CL), where NL CL = 32 lanes.
+    Tiles of states are (NR, NG, CR, NL, CL), where NL CL = 32 lanes: a lane has CR adjacent channels, and of each NG
+    groups of NR adjacent states.
     """
-    o_state = tl.arange(0, NL)[None, :] * NR + tl.arange(0, NR)[:, None]
+    o_group = tl.arange(0, NG)[:, None] * NL + tl.arange(0, NL)[None, :]
+    o_state = o_group[None, :, :] * NR + tl.arange(0, NR)[:, None, None]
     o_local = tl.arange(0, CL)[None, :] * CR + tl.arange(0, CR)[:, None]
     return o_state, o_local
 
 
 @triton.jit
 def of_states(values):
-    """Per-state values (NR, NL) for a tile of states."""
-    return values[:, None, :, None]
+    """Per-state values (NR, NG, NL) for a tile of states."""
+    return values[:, :, None, :, None]
 
 
 @triton.jit
 def of_channels(values):
     """Per-channel values (CR, CL) for a tile of states."""
-    return values[None, :, None, :]
+    return values[None, None, :, None, :]
 
 
 @triton.jit
-def over_states(tile):
-    """Sum over states, (CR, CL)."""
-    return tl.sum(tl.sum(tile, axis=0), axis=1)
+def of_lanes(values):
+    """Per-channel values (CR, NL, CL), one copy in every lane, for a tile of states."""
+    return values[None, None, :, :, :]
 
 
 @triton.jit
-def over_channels(tile):
-    """Sum over channels, (NR, NL)."""
-    return tl.sum(tl.sum(tile, axis=1), axis=2)
+def in_lanes(tile):
+    """Sum over the states of a lane, (CR, NL, CL)."""
+    return tl.sum(tl.sum(tile, axis=0), axis=0)
 
 
 @triton.jit
@@ -159,7 +163,7 @@ def state_pointers(p_states, o_state, o_channel, N: tl.constexpr):
     The hint gives a lane adjacent states and puts lanes along the last two axes. It is about the order of the axes; a
     lane's accesses are as wide as the alignment allows, whatever it says.
     """
-    return tl.max_contiguous(p_states + of_channels(o_channel) * N + of_states(o_state), [16, 1, 4, 8])
+    return tl.max_contiguous(p_states + of_channels(o_channel) * N + of_states(o_state), [16, 1, 1, 4, 8])
 
 
 @triton.jit
@@ -171,61 +175,75 @@ def state_rates(p_A_log, o_state, o_channel, m_states, N: tl.constexpr):
 
 @triton.jit
 def load_weights(p_row, o_state, N: tl.constexpr):
-    """Input or output weights (NR, NL) of a token."""
-    if o_state.shape[0] * o_state.shape[1] == N:
+    """Input or output weights (NR, NG, NL) of a token."""
+    if o_state.numel == N:
         return tl.load(p_row + o_state)
     else:
         return tl.load(p_row + o_state, mask=o_state < N, other=0.0)
 
 
 @triton.jit
-def store_of_channels(p_row, values, CR: tl.constexpr, CL: tl.constexpr):
-    """Store per-channel values (CR, CL), from all lanes that hold them.
+def lane_pointers(p_row, o_channel, NL: tl.constexpr):
+    """Pointers (CR, NL, CL) to per-channel values, one for every lane that holds them.
 
-    The tile of pointers has one for every lane, so that the compiler keeps the values where they are; a predicate for
-    one lane only would cost a branch.
+    So they have the layout of tiles of states, and nothing is exchanged between lanes.
     """
-    o_local = (tl.arange(0, CL)[None, :] * CR + tl.arange(0, CR)[:, None])[:, None, :]
-    pointers = tl.max_contiguous(tl.broadcast_to(p_row + o_local, (CR, 32 // CL, CL)), [16, 4, 8])
-    tl.store(pointers, tl.broadcast_to(values[:, None, :], pointers.shape))
+    shape: tl.constexpr = (o_channel.shape[0], NL, o_channel.shape[1])
+    return tl.max_contiguous(tl.broadcast_to(p_row + o_channel[:, None, :], shape), [16, 4, 8])
 
 
 @triton.jit
-def store_of_states(p_row, values, N: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr):
-    """Store per-state values (NR, NL) in the same way."""
-    o_state = tl.arange(0, NL)[None, :] * NR + tl.arange(0, NR)[:, None]
-    if NR * NL == 1:
-        tl.store(p_row + o_state, values)
+def load_of_channels(p_row, o_channel, m_channel, NL: tl.constexpr):
+    """Per-channel values (CR, NL, CL), a copy in every lane, zero where masked."""
+    pointers = lane_pointers(p_row, o_channel, NL)
+    return tl.load(pointers, mask=tl.broadcast_to(m_channel[:, None, :], pointers.shape), other=0.0)
+
+
+@triton.jit
+def store_of_channels(p_row, values, o_channel, m_channel, NL: tl.constexpr):
+    """Store per-channel values (CR, 1 or NL, CL), from all lanes that hold them.
+
+    A predicate for one lane of a channel only would cost a branch.
+    """
+    pointers = lane_pointers(p_row, o_channel, NL)
+    mask = tl.broadcast_to(m_channel[:, None, :], pointers.shape)
+    tl.store(pointers, tl.broadcast_to(values, pointers.shape), mask=mask)
+
+
+@triton.jit
+def store_weight_sums(p_dB, shares0, shares1, shares2, shares3, STEP: tl.constexpr, N: tl.constexpr):
+    """Sums over channels of four tokens' shares (NR, NG, NL, CL, 2), stored as rows [dB | dC] ``STEP`` apart.
+
+    Shares are exchanged through shared memory, so that lanes add what they store: shuffles would take five times as
+    many instructions.
+    """
+    S: tl.constexpr = shares0.shape[0] * shares0.shape[1] * shares0.shape[2]
+    CL: tl.constexpr = shares0.shape[3]
+    shares = tl.join(tl.join(shares0, shares2), tl.join(shares1, shares3))
+    shares = tl.reshape(tl.permute(shares, (3, 5, 6, 4, 1, 2, 0)), (CL, 8 * S))
+    sums = tl.sum(detach_layout(shares), axis=0)
+    o_sum = tl.arange(0, 8 * S)
+    o_state = o_sum % S
+    pointers = p_dB + o_sum // (2 * S) * STEP + o_sum // S % 2 * N + o_state
+    tl.store(pointers, sums, mask=(o_state < N) | (S == N))
+
+
+@triton.jit
+def store_input_sums(p_q, shares0, shares1, shares2, shares3, KIND: tl.constexpr):
+    """Sums over states of four tokens' shares (CR, NL, CL, 2), in the same way, as two tiles (4, C) ``KIND`` apart."""
+    C: tl.constexpr = shares0.shape[0] * shares0.shape[2]
+    NL: tl.constexpr = shares0.shape[1]
+    shares = tl.join(tl.join(shares0, shares2), tl.join(shares1, shares3))
+    shares = tl.reshape(tl.permute(shares, (1, 3, 4, 5, 2, 0)), (NL, 8 * C))
+    o_sum = tl.arange(0, 8 * C)
+    tl.store(p_q + o_sum // (4 * C) * KIND + o_sum % (4 * C), tl.sum(detach_layout(shares), axis=0))
+
+
+@triton.jit
+def scan_segment(i_segment, n_segments, n_tiles, n_all, REVERSE: tl.constexpr):
+    """First tile and number of tiles of a segment, and its place among the segments, in scan order."""
+    n_own = tl.minimum(n_tiles, n_all - i_segment * n_tiles)
+    if REVERSE:
+        return n_all - i_segment * n_tiles - n_own, n_own, n_segments - 1 - i_segment
     else:
-        pointers = tl.max_contiguous(tl.broadcast_to(p_row + o_state[:, :, None], (NR, NL, 32 // NL)), [16, 4, 8])
-        values = tl.broadcast_to(values[:, :, None], pointers.shape)
-        if NR * NL == N:
-            tl.store(pointers, values)
-        else:
-            tl.store(pointers, values, mask=tl.broadcast_to(o_state[:, :, None] < N, pointers.shape))
-
-
-@triton.jit
-def carry_in(
-    p_summary,
-    p_step,
-    rate,
-    i_segment,
-    n_segments,
-    o_state,
-    o_channel,
-    m_states,
-    m_channel,
-    channels,
-    N: tl.constexpr,
-    REVERSE: tl.constexpr,
-):
-    """State that reaches a segment from those before it in scan order."""
-    n_before = n_segments - 1 - i_segment if REVERSE else i_segment
-    state = tl.zeros(rate.shape, tl.float32)
-    for j in range(n_before):
-        i_other = n_segments - 1 - j if REVERSE else j
-        steps = tl.load(p_step + i_other * channels + o_channel, mask=m_channel, other=0.0)
-        p_local = state_pointers(p_summary + i_other * N * channels, o_state, o_channel, N)
-        state = tl.load(p_local, mask=m_states, other=0.0) + tl.exp2(of_channels(steps) * rate) * state
-    return state
+        return i_segment * n_tiles, n_own, i_segment

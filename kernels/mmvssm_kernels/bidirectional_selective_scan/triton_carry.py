@@ -1,0 +1,65 @@
+"""Vim's inner block, Triton: what the segments of a sequence hand on to each other, for either pass."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..selective_scan.triton_tile import last_row, scan_rows
+from ..triton_scan import LOG2_E
+
+# Segments that are loaded together.
+_SEGMENTS = 16
+
+
+@triton.jit(do_not_specialize=["n_batch", "n_segments", "zero"])
+def bidirectional_selective_scan_kernel_carry(
+    p_summary,
+    p_step,
+    p_A_log,
+    p_A_log_b,
+    n_batch,
+    n_segments,
+    zero,
+    channels: tl.constexpr,
+    N: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of what each segment reaches from zero (K, B, S, E, N) makes, in place, what it hands on to the next one.
+
+    ``p_step`` holds the segments' sums of step sizes (K, B, S, E). A program follows a block of states of one sequence,
+    one in a lane: ``zero`` is 0, but the compiler does not know that, so loads are not vectors, whose layout would put
+    segments across lanes.
+    """
+    i_sequence = tl.program_id(1)
+    o_value = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK) + zero
+    m_value = o_value < channels * N
+    p_summary += i_sequence.to(tl.int64) * n_segments * (channels * N)
+    p_step += i_sequence.to(tl.int64) * n_segments * channels
+    if i_sequence < n_batch:
+        A_log = tl.load(p_A_log + o_value, mask=m_value, other=0.0).to(tl.float32)
+    else:
+        A_log = tl.load(p_A_log_b + o_value, mask=m_value, other=0.0).to(tl.float32)
+    rate = -tl.exp2(A_log * LOG2_E) * LOG2_E
+    state = tl.zeros((1, BLOCK), tl.float32)
+    for i in range(0, n_segments, T):
+        o_segment = i + tl.arange(0, T)
+        m_tile = (o_segment < n_segments)[:, None] & m_value[None, :]
+        steps = tl.load(p_step + o_segment[:, None] * channels + (o_value // N)[None, :], mask=m_tile, other=0.0)
+        p_tile = p_summary + o_segment[:, None] * (channels * N) + o_value[None, :]
+        value = tl.load(p_tile, mask=m_tile, other=0.0)
+        states = scan_rows(tl.exp2(steps * rate[None, :])[:, None, :], value[:, None, :], state)
+        state = last_row(states)
+        tl.store(p_tile, tl.reshape(states, (T, BLOCK)), mask=m_tile)
+
+
+def carry(launch, summary: Tensor, steps: Tensor) -> None:
+    """Run :func:`bidirectional_selective_scan_kernel_carry`."""
+    block = 32
+    grid = (triton.cdiv(launch.channels * launch.state, block), launch.directions * launch.batch)
+    rates = [p[5] for p in launch.parameters]
+    segments = summary.shape[2]
+    bidirectional_selective_scan_kernel_carry[grid](
+        summary, steps, rates[0], rates[-1], launch.batch, segments, 0, launch.channels, launch.state, _SEGMENTS, block,
+        num_warps=1,
+    )  # fmt: skip
