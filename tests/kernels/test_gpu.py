@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from mmvssm_kernels.testing import OPERATORS, TOLERANCES, Scan, Scan2d, check_operator, poisoned_memory, relative_error
+from mmvssm_kernels.testing import (
+    OPERATORS,
+    TOLERANCES,
+    BidirectionalGla,
+    BidirectionalScan,
+    Scan,
+    Scan2d,
+    check_operator,
+    poisoned_memory,
+    relative_error,
+)
 
 from .cases import LARGE, SHORT, WITH_OUT_DTYPE, case_id, laid_out_as_in_models
 
@@ -12,11 +22,21 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def representable(case, dtype) -> bool:
-    """Whether the dtype can show the result, whatever computes it.
+    """Whether float16 can show the gradients, whatever computes them.
 
-    Step sizes of softplus(-20) = 2e-9 have gradients of that size: below float16's smallest number, 6e-8.
+    - Step sizes of softplus(-20) = 2e-9 have gradients of that size: below its smallest number, 6e-8.
+    - One token of Vim's block has gradients of the step sizes' weights among the numbers below 6e-5, which have fewer
+      bits: the exact ones, rounded, are beyond the bound in one of six draws.
+    - With two tokens of normalised attention the norm takes nearly all of the gradient away, and what it needs for
+      that, the normalised output, is kept in 16 bits: beyond the bound in one of thirty draws, with any backend.
     """
-    return not (dtype == torch.float16 and getattr(case, "step", None) == -20.0)
+    if dtype != torch.float16:
+        return True
+    if getattr(case, "step", None) == -20.0:
+        return False
+    if isinstance(case, BidirectionalScan):
+        return case.length > 1
+    return not (isinstance(case, BidirectionalGla) and case.norm and case.length <= 2)
 
 
 SCANS_2D = [case for case in LARGE if isinstance(case, Scan2d)]
