@@ -175,8 +175,9 @@ def plot(rows: Sequence[dict], path: str | os.PathLike, title: str = "", crossov
     for (mode, dtype), line_of_axes in zip(panels, axes, strict=True):
         for metric, axis in zip(metrics, line_of_axes, strict=True):
             here = [row for row in measured if (row["mode"], row["dtype"]) == (mode, dtype)]
-            for model, execution in dict.fromkeys((row["model"], row["execution"]) for row in here):
-                if metric == "memory" and "graph" in execution:
+            curves = list(dict.fromkeys((row["model"], row["execution"]) for row in here))
+            for model, execution in curves:
+                if metric == "memory" and execution == "graph" and (model, "eager") in curves:
                     continue  # what eager takes, and nearly the same number
                 points = [row for row in here if (row["model"], row["execution"]) == (model, execution)]
                 points.sort(key=_side)

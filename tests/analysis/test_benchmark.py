@@ -237,3 +237,14 @@ def test_plot(tmp_path):
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours
     with pytest.raises(ValueError, match="nothing to draw"):
         plot(ROWS[-1:], tmp_path / "q.png")
+
+
+@pytest.mark.parametrize("executions", [["eager", "graph"], ["graph"]], ids="-".join)
+def test_plot_has_one_memory_curve_for_each_model(executions, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, *args, label, **kwargs: drawn.append((label, y)))
+    plot([row("a", 224, 2.0, 8.0, execution=how) for how in executions], tmp_path / "p.png")
+    times = [(f"a ({how})", [2.0]) for how in executions]
+    assert drawn == [*times, (f"a ({executions[0]})", [8.0])]
