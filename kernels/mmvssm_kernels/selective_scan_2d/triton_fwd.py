@@ -122,4 +122,4 @@ def selective_scan_2d_forward(
     arguments = (*tensors, total, y, *launch.sizes)
     for first, count in launch.paths:
         selective_scan_2d_fwd_kernel[launch.grid](*arguments, first, count, pixel_stride(launch.x), **launch.constants)
-    return y.permute(0, 3, 1, 2), entering
+    return y.permute(0, 3, 1, 2), entering.flatten(2)
