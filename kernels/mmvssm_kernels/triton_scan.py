@@ -8,6 +8,13 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def sigmoid(x):
+    """Logistic function; a squared reciprocal root costs fewer instructions than a division."""
+    root = tl.rsqrt(1.0 + tl.exp2(-x * LOG2_E))
+    return root * root
+
+
+@triton.jit
 def softplus(x, SHORT: tl.constexpr = False):
     """log(1 + exp(x)) as max(x, 0) + log1p(exp(-|x|)).
 

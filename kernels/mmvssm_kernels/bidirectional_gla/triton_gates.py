@@ -3,18 +3,11 @@
 import triton
 import triton.language as tl
 
-from ..triton_scan import LOG2_E
+from ..triton_scan import sigmoid
 from .triton_tile import load_rows
 
 # Columns of the norm's weight that one program adds up: few, because the other programs are done soon.
 COLUMNS = 2
-
-
-@triton.jit
-def logistic(x):
-    """1 / (1 + exp(-x)), without a division."""
-    root = tl.rsqrt(1.0 + tl.exp2(-x * LOG2_E))
-    return root * root
 
 
 @triton.jit(do_not_specialize=["length", "n_blocks", "n_chunks", "rows", "n_parts", "n_sums"])
@@ -78,11 +71,11 @@ def bidirectional_gla_gates_kernel(
             dgate = (behind[None, :] + tl.cumsum(terms, axis=0, reverse=True)) * factor
             if LOGITS:
                 p_gf += i_batch * stride_gf_batch + i_head * stride_gf_head + first * stride_gf
-                dgate *= logistic(-load_rows(p_gf, o_row, m_row, stride_gf, o_key, m_key).to(tl.float32))
+                dgate *= sigmoid(-load_rows(p_gf, o_row, m_row, stride_gf, o_key, m_key).to(tl.float32))
             tl.store(p_dgf + o_gate, dgate.to(p_dgf.dtype.element_ty), mask=m_gate)
         else:
             dgate = (behind[None, :] + tl.cumsum(terms, axis=0)) * factor
             if LOGITS:
                 p_gb += i_batch * stride_gb_batch + i_head * stride_gb_head + first * stride_gb
-                dgate *= logistic(-load_rows(p_gb, o_row, m_row, stride_gb, o_key, m_key).to(tl.float32))
+                dgate *= sigmoid(-load_rows(p_gb, o_row, m_row, stride_gb, o_key, m_key).to(tl.float32))
             tl.store(p_dgb + o_gate, dgate.to(p_dgb.dtype.element_ty), mask=m_gate)

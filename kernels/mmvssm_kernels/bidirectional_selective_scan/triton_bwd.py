@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..selective_scan.triton_tile import detach_layout
-from ..triton_scan import LN_2, softplus
+from ..triton_scan import LN_2, sigmoid, softplus
 from .op import bidirectional_selective_scan_op
 from .triton_carry import carry
 from .triton_launch import RUN_TIME_SIZES, Launch, adjacent_channels
@@ -31,7 +31,6 @@ from .triton_tile import (
     of_states,
     raw_step_sizes,
     scan_segment,
-    sigmoid,
     silu,
     split_both_dot,
     split_dot,

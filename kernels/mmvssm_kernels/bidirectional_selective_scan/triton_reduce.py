@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..selective_scan.triton_tile import detach_layout
+from ..triton_scan import sigmoid
 from .triton_launch import register_limit
-from .triton_tile import block_channels, convolve, load_rows, load_vector, sigmoid, split_dot
+from .triton_tile import block_channels, convolve, load_rows, load_vector, split_dot
 
 # Tokens of a program of the first and of the second kernel.
 _PROJECT_TOKENS = 256

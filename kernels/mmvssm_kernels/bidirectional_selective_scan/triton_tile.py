@@ -14,14 +14,7 @@ import triton
 import triton.language as tl
 
 from ..selective_scan.triton_tile import detach_layout
-from ..triton_scan import LOG2_E
-
-
-@triton.jit
-def sigmoid(x):
-    """Logistic function; a squared reciprocal root costs fewer instructions than a division."""
-    root = tl.rsqrt(1.0 + tl.exp2(-x * LOG2_E))
-    return root * root
+from ..triton_scan import LOG2_E, sigmoid
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_scan import LN_2, softplus_slope
+from ..triton_scan import LN_2, sigmoid, softplus_slope
 from . import op, triton_launch
 from .triton_fwd import scan_segments
 from .triton_launch import RUN_TIME_SIZES, Launch
@@ -26,7 +26,6 @@ from .triton_tile import (
     previous_rows,
     reverse_rows,
     scan_rows,
-    sigmoid,
     step_sizes,
     sum_over_channels,
     sums_over_states,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_scan import sigmoid
 from . import op, triton_launch
 from .triton_launch import RUN_TIME_SIZES, Launch
 from .triton_tile import (
@@ -21,7 +22,6 @@ from .triton_tile import (
     load_tile,
     load_vector,
     scan_rows,
-    sigmoid,
     step_sizes,
     tile_tokens,
 )

@@ -17,13 +17,6 @@ from ..triton_scan import LOG2_E, softplus
 
 
 @triton.jit
-def sigmoid(x):
-    """Logistic function; a squared reciprocal root costs fewer instructions than a division."""
-    root = tl.rsqrt(1.0 + tl.exp2(-x * LOG2_E))
-    return root * root
-
-
-@triton.jit
 def _chain(decay_1, state_1, decay_2, state_2):
     # The product with the state must be the one that is fused: it is the chain that every token waits for.
     return decay_1 * decay_2, tl.fma(decay_2, state_1, state_2)
