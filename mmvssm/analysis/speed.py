@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +86,7 @@ def measure_speed(
     cuda = images.device.type == "cuda"
     if "graph" in execution and not cuda:
         raise ValueError(f"CUDA graphs need a GPU, but the images are on {images.device}")
-    with torch.cuda.device(images.device) if cuda else contextlib.nullcontext():
+    with _own_stream(images.device) if cuda else contextlib.nullcontext():
         return _measure(model, images, mode, dtype, execution, repeats, warmup, seconds, kernel_time)
 
 
@@ -146,21 +146,27 @@ def _step(
 
 def _captured(step: Callable[[], None], warmup: int, limit: float) -> tuple[Callable[[], None], float]:
     """The replay of a step, and the peak of its memory in MiB, which a graph allocates when it is captured."""
-    stream = _side_stream(torch.cuda.current_device())
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        _times(step, warmup, limit, cuda=True)
-    torch.cuda.current_stream().wait_stream(stream)
+    _times(step, warmup, limit, cuda=True)
     torch.cuda.reset_peak_memory_stats()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         step()
     return graph.replay, torch.cuda.max_memory_allocated() / 2**20
 
 
+@contextlib.contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """One stream for everything, capture included: cuBLAS keeps 32 MiB for every stream that it served."""
+    with torch.cuda.device(device):
+        stream = _stream(torch.cuda.current_device())
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.current_stream().wait_stream(stream)
+
+
 @functools.cache
-def _side_stream(device: int) -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps 32 MiB for every stream it served, which later measurements would count."""
+def _stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 

@@ -58,7 +58,7 @@ def run(case, inputs, backend="triton"):
     return outputs + list(torch.autograd.grad(outputs, [t for t in inputs if t is not None], upstream))
 
 
-@pytest.mark.parametrize("case", LARGE, ids=case_id)
+@pytest.mark.parametrize("case", SHORT + LARGE, ids=case_id)
 def test_two_runs_agree_bit_for_bit(case):
     inputs = case.inputs(torch.float16, "cuda")
     for first, second in zip(run(case, inputs), run(case, inputs), strict=True):
