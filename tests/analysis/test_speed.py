@@ -107,3 +107,14 @@ def test_sum_of_kernels_leaves_out_the_cpu_and_annotations():
 def test_bad_arguments(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         measure_speed(Recorder(), torch.zeros(1, 3, 4, 4), **arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_captured_step_takes_the_memory_of_an_eager_one(mode):
+    """What cuBLAS keeps for a stream is as large as this model, so another stream would show."""
+    net = nn.Sequential(nn.Flatten(), *(nn.Linear(1024, 1024) for _ in range(3))).cuda()
+    images = torch.randn(8192, 1, 32, 32, device="cuda")
+    options = dict(mode=mode, dtype="fp16", warmup=2, repeats=2)
+    eager, graph = (measure_speed(net, images, execution=execution, **options) for execution in ("eager", "graph"))
+    assert graph.memory == pytest.approx(eager.memory, abs=8)
