@@ -13,9 +13,11 @@ from mmvssm.models.layers import (
     SwiGLU,
     build_activation,
     conv_channel_last,
+    drop_casts,
     drop_path_rates,
     swiglu_width,
 )
+from mmvssm.models.layers.patch_embed import image_to_channel_last
 from mmvssm.models.mixers.ssm_init import init_A_log_, init_D_, init_dt_proj_, init_x_proj_, inverse_softplus
 
 
@@ -28,6 +30,48 @@ def test_patch_merging_order():
     assert merge(x)[0, 0].tolist() == [[0, 3, 1, 4], [2, 5, 0, 0]]
     merge.odd_size = "crop"
     assert merge(x)[0, 0].tolist() == [[0, 3, 1, 4]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "in_autocast"),
+    [(torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16), (torch.float64, torch.float64)],
+)
+def test_image_is_copied_once(dtype, in_autocast):
+    image = torch.randn(2, 3, 4, 5, dtype=dtype)
+    want = image.permute(0, 2, 3, 1)
+    plain = image_to_channel_last(image)
+    with torch.autocast("cpu", torch.bfloat16):
+        converted = image_to_channel_last(image)
+    assert plain.is_contiguous()
+    assert converted.is_contiguous()
+    assert torch.equal(plain, want)
+    assert plain.dtype == dtype
+    assert torch.equal(converted, want.to(in_autocast))
+    assert converted.dtype == in_autocast
+
+
+class Twice(nn.Module):
+    """Uses a weight twice and tells how autocast treats it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    @drop_casts
+    def forward(self, x):
+        return self.layer(self.layer(x)), torch.is_autocast_cache_enabled()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_casts_are_kept_for_gradients_only(grad):
+    net, x = Twice(), torch.randn(2, 3)
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        y, kept = net(x)
+        assert torch.is_autocast_cache_enabled()
+    assert kept is grad
+    assert y.dtype == torch.bfloat16
+    with torch.set_grad_enabled(grad):  # without autocast nothing is touched
+        assert net(x)[1] is True
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 1, 1, 3), (2, 1, 6, 3)])

@@ -1,12 +1,14 @@
 """Training of ViG and ViG-H: gradients, checkpointing, freezing, stochastic depth, precision, tracing."""
 
 import functools
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 from mmvssm.models import ViG, ViGH
+from mmvssm.models.backbones.vig import ViGBlock
 from mmvssm.models.mixers import BidirectionalGLA, bidirectional_gla
 
 from .common import (
@@ -181,6 +183,28 @@ def test_bfloat16_autocast(name):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_inference_frees_what_a_block_has_used(name):
+    net, seen, alive = make(name).eval(), [], []
+    blocks = [m for m in net.modules() if isinstance(m, ViGBlock)]
+
+    def enters(block, args):
+        seen.append([weakref.ref(t) for t in args[0] if t is not None])
+
+    def leaves(mlp, args, result):
+        alive.append([ref() is not None for ref in seen[-1]])
+
+    for block in blocks:
+        block.register_forward_pre_hook(enters)
+        block.mlp.register_forward_hook(leaves)
+    net(image(1, 3, 64, 64))
+    assert len(alive) == len(blocks)
+    # The first block of a stage is left out: its stream is the residual already, which norms pass on as it is.
+    behind_another = [found for found in alive if len(found) == 2]
+    assert behind_another
+    assert not any(map(any, behind_another))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_weights(name, dtype):
     net, x = make(name).eval(), image(2, 3, 40, 56)

@@ -18,6 +18,7 @@ from ..layers import (
     Mlp,
     WindowGrid,
     autocast_enabled,
+    drop_casts,
     drop_path_rates,
     merge_windows,
     partition_windows,
@@ -362,6 +363,7 @@ class MambaVision(BaseBackbone):
                 self.add_module(f"batch_norm{i}", nn.BatchNorm2d(self.embed_dims[i]))
         self.freeze()
 
+    @drop_casts
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Extract the feature maps of ``out_indices``.
 

@@ -18,6 +18,7 @@ from ..layers import (
     LayerNorm,
     SwiGLU,
     conv_channel_last,
+    drop_casts,
     drop_path_rates,
     run_block,
     swiglu_width,
@@ -79,13 +80,28 @@ class ViGBlock(BaseModule):
         self.mlp = SwiGLU(embed_dims, hidden_dims)
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, scale: torch.Tensor | None = None
+        self,
+        x: torch.Tensor | list[torch.Tensor | None],
+        residual: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
     ) -> Stream:
-        """Pass a stream, given as the members of :class:`Stream`, through the block."""
+        """Pass a stream through the block, given as the members of :class:`Stream` or as a list of them.
+
+        The list is emptied, so that the memory of its tensors is free while the block runs.
+        """
+        if isinstance(x, list):
+            scale, residual, x = x.pop(), x.pop(), x.pop()
         x, residual = self.norm1(x, residual, scale)
         x = self.mixer(x)
         x, residual = self.norm2(x, residual, self.drop_path.sample_scale(x))
         return Stream(self.mlp(x), residual, self.drop_path.sample_scale(x))
+
+
+def run_stream(block: ViGBlock, stream: list[torch.Tensor | None], with_cp: bool) -> list[torch.Tensor | None]:
+    """Pass a stream through a block, both as lists of the members of :class:`Stream`; that of the input is emptied."""
+    if with_cp and torch.is_grad_enabled():
+        return list(run_block(block, *stream, with_cp=True))
+    return list(block(stream))
 
 
 # ---------------------------------------------------------------------- plain
@@ -236,6 +252,7 @@ class ViG(BaseBackbone):
         self.set_outputs(out_indices, (self.embed_dims,) * self.depth, (PlainStem.stride,) * self.depth)
         self.freeze()
 
+    @drop_casts
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Extract the feature maps of ``out_indices``.
 
@@ -249,12 +266,12 @@ class ViG(BaseBackbone):
             ValueError: If the shape or dtype does not fit.
         """
         self.check_input(x, self.patch_embed.min_size)
-        stream = Stream(self._embed(x))
+        stream = list(Stream(self._embed(x)))
         outs = []
         for i, block in enumerate(self.blocks):
-            stream = run_block(block, *stream, with_cp=self.with_cp)
+            stream = run_stream(block, stream, self.with_cp)
             if i in self.out_indices:
-                out = self.norm(*stream)[0] if i == self.depth - 1 else stream.total()
+                out = self.norm(*stream)[0] if i == self.depth - 1 else Stream(*stream).total()
                 outs.append(out.permute(0, 3, 1, 2).contiguous())
             if i == self.out_indices[-1]:
                 break
@@ -334,10 +351,11 @@ class ViGHStage(BaseModule):
 
     def forward(self, x: torch.Tensor) -> Stream:
         """Map (B, H, W, C) of the stage before to the stream (B, H', W', C') of this one."""
-        stream = Stream(x if self.downsample is None else self.downsample(x))
+        stream = list(Stream(x if self.downsample is None else self.downsample(x)))
+        del x
         for block in self.blocks:
-            stream = run_block(block, *stream, with_cp=self.with_cp)
-        return stream
+            stream = run_stream(block, stream, self.with_cp)
+        return Stream(*stream)
 
 
 @MODELS.register_module()
@@ -421,6 +439,7 @@ class ViGH(BaseBackbone):
             self.add_module(f"norm{i}", AddLayerNorm(self.embed_dims[i]))
         self.freeze()
 
+    @drop_casts
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Extract the feature maps of ``out_indices``.
 

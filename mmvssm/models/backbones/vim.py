@@ -19,6 +19,7 @@ from ..layers import (
     PaddedPatchEmbed,
     autocast_enabled,
     class_indices,
+    drop_casts,
     insert_class_rows,
     resize_position_embedding,
     run_block,
@@ -282,6 +283,7 @@ class Vim(BaseBackbone):
 
     # ------------------------------------------------------------------ forward
 
+    @drop_casts
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Extract the features of ``out_indices``.
 

@@ -18,6 +18,7 @@ from ..layers import (
     Mlp,
     PatchEmbed,
     PatchMerging,
+    drop_casts,
     drop_path_rates,
     run_block,
 )
@@ -270,6 +271,7 @@ class VMamba(BaseBackbone):
             return PatchMerging(in_dims, out_dims, odd_size)
         return ConvDownsample(in_dims, out_dims, kernel_size=int(kind[-1]))
 
+    @drop_casts
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Extract the feature maps of ``out_indices``.
 

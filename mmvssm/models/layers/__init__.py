@@ -22,7 +22,7 @@ from .position import (
     split_class_rows,
     square_grid,
 )
-from .precision import autocast_enabled
+from .precision import autocast_enabled, drop_casts
 from .rope import GridRope
 from .swiglu import SwiGLU, swiglu_width
 from .windows import WindowGrid, merge_windows, partition_windows
@@ -51,6 +51,7 @@ __all__ = [
     "build_activation",
     "class_indices",
     "conv_channel_last",
+    "drop_casts",
     "drop_path_rates",
     "insert_class_rows",
     "merge_windows",

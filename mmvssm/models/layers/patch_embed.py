@@ -6,11 +6,17 @@ from torch import nn
 
 from .channel_last import conv_channel_last
 from .norm import LayerNorm
+from .precision import autocast_enabled
 
 
 def image_to_channel_last(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) to (B, H, W, C); the one copy on the way in, a few channels wide."""
-    return x.permute(0, 2, 3, 1).contiguous()
+    """(B, C, H, W) to (B, H, W, C); the one copy on the way in, a few channels wide.
+
+    Under autocast the copy has the dtype in which the convolution behind it reads, so that this makes none of its own.
+    """
+    convert = autocast_enabled(x.device) and x.dtype != torch.float64  # which autocast leaves alone
+    dtype = torch.get_autocast_dtype(x.device.type) if convert else x.dtype
+    return x.to(dtype, memory_format=torch.channels_last).permute(0, 2, 3, 1).contiguous()
 
 
 class PatchEmbed(BaseModule):
