@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .grids import cdiv
+
 # Up to so many rows one launch adds; more are added in parts first, as many as keep a large GPU busy.
 _ROWS_AT_ONCE = 1024
 _MAX_PARTS = 512
@@ -32,16 +34,16 @@ def sum_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     n_rows, columns = rows.shape
     if n_rows > _ROWS_AT_ONCE:
         tile = _TILE // _COLUMNS
-        n_tiles = triton.cdiv(triton.cdiv(n_rows, tile), _MAX_PARTS)
-        parts = rows.new_empty(triton.cdiv(n_rows, tile * n_tiles), columns, dtype=torch.float32)
+        n_tiles = cdiv(cdiv(n_rows, tile), _MAX_PARTS)
+        parts = rows.new_empty(cdiv(n_rows, tile * n_tiles), columns, dtype=torch.float32)
         _launch(rows, parts, n_tiles, tile, _COLUMNS)
         rows, n_rows = parts, len(parts)
     sums = rows.new_empty(columns, dtype=dtype)
     tile = _TILE // _COLUMNS_AT_ONCE
-    _launch(rows, sums[None], triton.cdiv(n_rows, tile), tile, _COLUMNS_AT_ONCE)
+    _launch(rows, sums[None], cdiv(n_rows, tile), tile, _COLUMNS_AT_ONCE)
     return sums
 
 
 def _launch(rows: Tensor, sums: Tensor, n_tiles: int, tile: int, block: int) -> None:
-    grid = (len(sums), triton.cdiv(rows.shape[1], block))
+    grid = (len(sums), cdiv(rows.shape[1], block))
     sum_rows_kernel[grid](rows, sums, *rows.shape, n_tiles, rows.stride(0), tile, block, num_warps=4)

@@ -12,9 +12,3 @@ def rows_of(tensor: Tensor, axes: int = 1) -> Tensor:
     """
     rows = tensor.reshape(-1, tensor.shape[-axes:].numel())
     return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def program_count(n_tiles: int, limit: int) -> int:
-    """Programs, at most ``limit``, that share ``n_tiles`` tiles of rows such that all have nearly the same number."""
-    tiles_each = -(-n_tiles // limit)
-    return -(-n_tiles // tiles_each)

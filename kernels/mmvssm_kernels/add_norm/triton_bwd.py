@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rows import program_count
+from ..grids import cdiv, program_count
 from .triton_fwd import RUN_TIME_SIZES, channels_of, load_scale, load_tile, load_vector, locate, normalise
 from .triton_launch import block_sizes, rows_of
 
@@ -86,7 +86,7 @@ def add_norm_backward(
     rows, dy, dr = rows_of(r), rows_of(dy), None if dr is None else rows_of(dr)
     n_rows = dy.shape[0]
     blocks = block_sizes(channels)
-    n_tiles = triton.cdiv(n_rows, blocks["ROWS"])
+    n_tiles = cdiv(n_rows, blocks["ROWS"])
     n_programs = program_count(n_tiles, _MAX_PROGRAMS)
     dweight = r.new_empty(n_programs, channels, dtype=torch.float32)
     dbias = None if bias is None else torch.empty_like(dweight)

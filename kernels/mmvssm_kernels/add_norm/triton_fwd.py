@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..grids import cdiv
 from .triton_launch import block_sizes, rows_of
 
 RUN_TIME_SIZES = ["n_rows", "rows_per_sample"]
@@ -99,6 +100,6 @@ def add_norm_forward(x, residual, weight, bias, eps, norm, scale, residual_dtype
     sizes = (rows.shape[0], rows.shape[0] // batch, channels)
     strides = (rows.stride(0), 0 if residual is None else residual.stride(0))
     blocks = block_sizes(channels)
-    grid = (triton.cdiv(rows.shape[0], blocks["ROWS"]),)
+    grid = (cdiv(rows.shape[0], blocks["ROWS"]),)
     add_norm_fwd_kernel[grid](rows, residual, *vectors, y, r, *sizes, *strides, eps, CENTRE=norm == "layer", **blocks)
     return y, x.new_empty(0) if r is None else r

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..grids import cdiv, program_count
 from ..row_sums import sum_rows
-from ..rows import program_count, rows_of
+from ..rows import rows_of
 from .triton_fwd import GELU_SLOPE, RUN_TIME_SIZES, locate, tile_sizes
 
 # Programs that are at work at the same time on a large GPU; also the number of partial sums.
@@ -62,10 +63,10 @@ def bias_activation_backward(dy, x, bias, activation) -> tuple[Tensor, Tensor]:
     dy, x = rows_of(dy), rows_of(x)
     n_rows = dx.numel() // channels
     blocks = tile_sizes(channels)
-    n_tiles = triton.cdiv(n_rows, blocks["ROWS"])
+    n_tiles = cdiv(n_rows, blocks["ROWS"])
     n_programs = program_count(n_tiles, _MAX_PROGRAMS)
     dbias = x.new_empty(n_programs, channels, dtype=torch.float32)
-    grid = (n_programs, triton.cdiv(channels, blocks["BLOCK_D"]))
+    grid = (n_programs, cdiv(channels, blocks["BLOCK_D"]))
     sizes = (n_rows, n_tiles, channels, dy.stride(0), x.stride(0))
     bias_activation_bwd_kernel[grid](dy, x, bias.contiguous(), dx, dbias, *sizes, ACTIVATION=activation, **blocks)
     return dx, sum_rows(dbias, bias.dtype)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..grids import cdiv
 from ..rows import rows_of
 
 RUN_TIME_SIZES = ["n_rows"]
@@ -61,7 +62,7 @@ def bias_activation_forward(x, bias, activation, residual) -> Tensor:
     y, channels = x.new_empty(x.shape), x.shape[-1]
     rows, residual = rows_of(x), None if residual is None else rows_of(residual)
     blocks = tile_sizes(channels)
-    grid = (triton.cdiv(rows.shape[0], blocks["ROWS"]), triton.cdiv(channels, blocks["BLOCK_D"]))
+    grid = (cdiv(rows.shape[0], blocks["ROWS"]), cdiv(channels, blocks["BLOCK_D"]))
     sizes = (rows.shape[0], channels, rows.stride(0), 0 if residual is None else residual.stride(0))
     bias_activation_fwd_kernel[grid](rows, bias.contiguous(), residual, y, *sizes, ACTIVATION=activation, **blocks)
     return y

@@ -1,8 +1,8 @@
 """Shapes and block sizes for launching the kernels of the convolution."""
 
-import triton
 from torch import Tensor
 
+from ..grids import cdiv
 from .layout import is_channel_first, tokens_before
 
 # Tokens of a step, and bounds for the steps of a program.
@@ -26,11 +26,11 @@ class Launch:
         self.channel_last_result = not is_channel_first(x)
         x = token_major(x)
         self.tensors = (x, weight.contiguous(), None if bias is None else bias.contiguous())
-        block = min(_BLOCKS, key=lambda size: triton.cdiv(channels, size) * size)
-        blocks = triton.cdiv(channels, block)
-        steps = triton.cdiv(batch * length * blocks, target_programs * _TOKENS_PER_STEP)
+        block = min(_BLOCKS, key=lambda size: cdiv(channels, size) * size)
+        blocks = cdiv(channels, block)
+        steps = cdiv(batch * length * blocks, target_programs * _TOKENS_PER_STEP)
         steps = min(max(steps, _MIN_STEPS), _MAX_STEPS)
-        segments = triton.cdiv(length, steps * _TOKENS_PER_STEP)
+        segments = cdiv(length, steps * _TOKENS_PER_STEP)
         self.pieces = batch * segments
         self.grid = (blocks * self.pieces,)
         ahead = width - 1 - tokens_before(width, reverse, padding)

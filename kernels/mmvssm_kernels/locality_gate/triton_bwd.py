@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..grids import cdiv, program_count
 from ..row_sums import sum_rows
-from ..rows import program_count, rows_of
+from ..rows import rows_of
 from .triton_fwd import RUN_TIME_SIZES, block_sizes, load_gate, load_tile, load_weight, locate, unit_rows
 
 # Programs that are at work at the same time on a large GPU; also the number of partial sums.
@@ -78,7 +79,7 @@ def locality_gate_backward(dy, long, x, logits, weight, bias, eps, silu) -> tupl
     n_rows = long.numel() // values
     tokens = [rows_of(t, axes=2) for t in (dy, long, x, logits)]
     blocks = block_sizes(values)
-    n_tiles = triton.cdiv(n_rows, blocks["ROWS"])
+    n_tiles = cdiv(n_rows, blocks["ROWS"])
     n_programs = program_count(n_tiles, _MAX_PROGRAMS)
     dweight = weight.new_empty(n_programs, values, dtype=torch.float32)
     sizes = (n_rows, n_tiles, heads, values, *(t.stride(0) for t in tokens))

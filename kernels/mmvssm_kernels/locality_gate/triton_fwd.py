@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..grids import cdiv
 from ..rows import rows_of
 
 # Channels of a program: four warps with 8 a lane, which are 16 bytes. A head belongs to one warp, its sum is a shuffle.
@@ -94,7 +95,7 @@ def locality_gate_forward(long, x, logits, weight, bias, eps, silu) -> Tensor:
     tokens = [rows_of(t, axes=2) for t in (long, x, logits)]
     blocks = block_sizes(values)
     sizes = (n_rows, heads, values, *(t.stride(0) for t in tokens))
-    grid = (triton.cdiv(n_rows, blocks["ROWS"]),)
+    grid = (cdiv(n_rows, blocks["ROWS"]),)
     vectors = (None if t is None else t.contiguous() for t in (weight, bias))
     locality_gate_fwd_kernel[grid](*tokens, *vectors, y, *sizes, eps, SILU=silu, **blocks)
     return y

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..grids import cdiv
 from ..triton_scan import LN_2, sigmoid, softplus_slope
 from . import op, triton_launch
 from .triton_fwd import scan_segments
@@ -287,7 +288,7 @@ def selective_scan_backward(
         scan_segments(launch, flow, step, backwards=True)
     selective_scan_bwd_kernel[launch.grid](*arguments, SUMMARY=False, **constants)
     n_copy = dB.numel()
-    programs = 2 * triton.cdiv(n_copy, 1024) + triton.cdiv((launch.state + 2) * channels, 64)
+    programs = 2 * cdiv(n_copy, 1024) + cdiv((launch.state + 2) * channels, 64)
     selective_scan_sums_kernel[(programs,)](
         dweights,
         dvectors,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..grids import cdiv
 from ..triton_scan import sigmoid
 from . import op, triton_launch
 from .triton_launch import RUN_TIME_SIZES, Launch
@@ -191,7 +192,7 @@ def selective_scan_segments_kernel(
 def scan_segments(launch: Launch, state: Tensor, step: Tensor, backwards: bool) -> None:
     """Run :func:`selective_scan_segments_kernel`."""
     block = 32
-    grid = (triton.cdiv(launch.channels, block), launch.state, launch.batch)
+    grid = (cdiv(launch.channels, block), launch.state, launch.batch)
     selective_scan_segments_kernel[grid](
         state, step, launch.A, launch.channels, launch.segments, 0, launch.state, backwards, 8, block, num_warps=1
     )

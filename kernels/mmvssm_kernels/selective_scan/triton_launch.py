@@ -4,6 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..grids import cdiv
 from . import op
 
 # Not specialised, so that one kernel serves all sizes. Of the strides only those of channels, tokens and states are,
@@ -36,8 +37,8 @@ def backward_form(state: int) -> tuple[int, int, int, int | None]:
 def segment_tokens(length: int, warps: int) -> int:
     """Tokens per segment: all of them when ``warps`` keep the GPU busy, else fewer."""
     wanted = 1 if warps >= _ENOUGH_WARPS else min(_MAX_SEGMENTS, _TARGET_WARPS // warps)
-    tokens = max(triton.cdiv(length, wanted), min(_MIN_TOKENS_PER_SEGMENT, length))
-    return triton.cdiv(tokens, op.KEEP) * op.KEEP
+    tokens = max(cdiv(length, wanted), min(_MIN_TOKENS_PER_SEGMENT, length))
+    return cdiv(tokens, op.KEEP) * op.KEEP
 
 
 class Launch:
@@ -51,10 +52,10 @@ class Launch:
         self.A = A.contiguous()
         vectors = [None if t is None else t.contiguous() for t in (D, delta_bias)]
         self.tensors = (u, delta, z, self.A, B, C, *vectors)
-        self.blocks = triton.cdiv(self.channels // self.groups, block_channels)
+        self.blocks = cdiv(self.channels // self.groups, block_channels)
         programs = self.batch * self.groups * self.blocks
         tiles_per_segment = segment_tokens(length, programs * warps) // tile
-        self.segments = triton.cdiv(triton.cdiv(length, tile), tiles_per_segment)
+        self.segments = cdiv(cdiv(length, tile), tiles_per_segment)
         self.grid = (self.groups * self.blocks, self.segments, self.batch)
         strides = [s for t in (u, delta, z, B, C) for s in ((0, 0, 0) if t is None else t.stride())]
         self.sizes = (length, self.channels, self.groups, tiles_per_segment, self.segments, 0, *strides)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..grids import cdiv
 from ..rows import rows_of
 from .triton_fwd import BLOCK_H, ROWS, RUN_TIME_SIZES, locate
 
@@ -28,6 +29,6 @@ def swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
     dx = x.new_empty(x.shape)
     rows, dy, hidden = rows_of(x), rows_of(dy), x.shape[-1] // 2
     sizes = (rows.shape[0], hidden, dy.stride(0), rows.stride(0))
-    grid = (triton.cdiv(rows.shape[0], ROWS), triton.cdiv(hidden, BLOCK_H))
+    grid = (cdiv(rows.shape[0], ROWS), cdiv(hidden, BLOCK_H))
     swiglu_bwd_kernel[grid](dy, rows, dx, *sizes, ROWS=ROWS, BLOCK_H=BLOCK_H, num_warps=4)
     return dx

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..grids import cdiv
 from ..rows import rows_of
 
 # Rows and hidden channels of a tile: the widths in use are multiples of 32, and most of 128.
@@ -34,6 +35,6 @@ def swiglu_forward(x: Tensor) -> Tensor:
     """(..., 2 H) to (..., H) in the dtype of ``x``."""
     rows, hidden = rows_of(x), x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], hidden)
-    grid = (triton.cdiv(rows.shape[0], ROWS), triton.cdiv(hidden, BLOCK_H))
+    grid = (cdiv(rows.shape[0], ROWS), cdiv(hidden, BLOCK_H))
     swiglu_fwd_kernel[grid](rows, y, rows.shape[0], hidden, rows.stride(0), ROWS=ROWS, BLOCK_H=BLOCK_H, num_warps=4)
     return y
