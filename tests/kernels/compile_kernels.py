@@ -25,7 +25,7 @@ from mmvssm_kernels.testing import (
     SwiGlu,
 )
 
-POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 SCANS = [
     Scan(1, 40, 2000, 1),
     Scan(1, 33, 70, 16, groups=3, gate=True, reverse=True),
