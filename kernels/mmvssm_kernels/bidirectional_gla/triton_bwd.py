@@ -35,19 +35,8 @@ from .triton_tile import (
 
 
 @triton.jit
-def _state_operands(state, gradient, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """A state and its gradient (K, V) as operands, the exponents of their units, and the sum of their product (K)."""
-    across = tl.sum(state * gradient, axis=1)
-    unit = unit_of(state, DTYPE)
-    gradient_unit = unit_of(gradient, DTYPE)
-    state = operand(state * tl.exp2(-unit), DTYPE, PRECISION)
-    gradient = operand(gradient * tl.exp2(-gradient_unit), DTYPE, PRECISION)
-    return state, unit, gradient, gradient_unit, across
-
-
-@triton.jit
 def _direction(
-    dv, q, k, p_q, p_k, v, do, scores, scores_of_keys, query_unit, key_unit, upstream_unit,
+    dv, unit, q, k, p_q, p_k, v, do, scores, scores_of_keys, query_unit, key_unit, upstream_unit,
     p_gate, stride_gate, stride_q, stride_k, p_states, p_units, p_totals, stride, i_program, left, right,
     p_dgate, o_gate, gate_factor, scale, o_token, o_keys, m_tile, o_row, m_row, o_key, o_value,
     K: tl.constexpr, LOGITS: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr,
@@ -56,29 +45,34 @@ def _direction(
 ):  # fmt: skip
     """Store the gradient of a direction's gates; gradients (PARTS, S, K) of q and k, and ``dv`` with what it adds.
 
-    ``dv`` is in units of 2^(query_unit + key_unit), and everything also in those of upstream gradients. Queries and keys
-    come in units.
+    ``dv`` is in units of 2^(unit + key_unit), and everything also in those of upstream gradients. Queries and keys come
+    in units. The unit that ``dv`` has then is the last result.
     """
     DTYPE: tl.constexpr = do.dtype
     sums, before, total = load_gate_sums(p_gate, o_token, o_keys, m_tile, stride_gate, gate_factor, LOGITS, REVERSED)
     # With strong gates operands are not moved, they only meet the states.
     half = tl.zeros((BLOCK_K,), tl.float32) if STRONG else 0.5 * total
-    state = entering_state(
+    state, state_unit = entering_state(
         p_states, p_units, p_totals, i_program, right if REVERSED else left, half, o_key, o_value,
-        BLOCK_K, BLOCK_V, SCANNED,
+        BLOCK_K, BLOCK_V, SCANNED, DTYPE, PRECISION,
     )  # fmt: skip
-    gradient = entering_state(
+    gradient, gradient_unit = entering_state(
         p_states + 2 * stride * (BLOCK_K * BLOCK_V), p_units + 2 * stride * BLOCK_K, p_totals, i_program,
-        left if REVERSED else right, half - upstream_unit, o_key, o_value, BLOCK_K, BLOCK_V, SCANNED,
+        left if REVERSED else right, half - upstream_unit, o_key, o_value,
+        BLOCK_K, BLOCK_V, SCANNED, DTYPE, PRECISION,
     )  # fmt: skip
-    state, state_unit, gradient, gradient_unit, across = _state_operands(state, gradient, DTYPE, PRECISION)
+    across = tl.exp2(state_unit + gradient_unit) * tl.sum(state.to(tl.float32) * gradient.to(tl.float32), axis=1)
+    # Values' gradients take the largest unit of what is added to them, and keys those of the state's keys.
+    new_unit = tl.maximum(tl.max(gradient_unit, axis=0), query_unit)
     ahead = sums + (before - half[None, :])[:, None, :]
     behind = (total - half)[None, :] - before
     behind = behind[:, None, :] - sums
     query_decay = tl.exp2(behind if REVERSED else ahead)
     key_decay = tl.exp2(ahead if REVERSED else behind)
     query = operand(q * query_decay, DTYPE, PRECISION)
-    key = operand(k * key_decay, DTYPE, PRECISION)
+    key = k * key_decay
+    far_key = operand(key * tl.exp2(gradient_unit - new_unit)[None, None, :], DTYPE, PRECISION)
+    key = operand(key, DTYPE, PRECISION)
     query_rows = rows_of_tile(query)
     key_rows = rows_of_tile(key)
     query_factor = tl.exp2(query_unit)
@@ -87,10 +81,8 @@ def _direction(
     i, j = o_row[:, None], o_row[None, :]
     dq = tl.dot(do, tl.trans(state), input_precision=PRECISION)
     far_dk = tl.dot(v, tl.trans(gradient), input_precision=PRECISION)
-    far_dk = tile_of_rows(far_dk, PARTS) * tl.exp2(gradient_unit)
-    dv *= tl.exp2(query_unit - gradient_unit)
-    dv = tl.dot(key_rows, gradient, dv, input_precision=PRECISION)
-    dv *= tl.exp2(gradient_unit - query_unit)
+    far_dk = tile_of_rows(far_dk, PARTS) * tl.exp2(gradient_unit)[None, None, :]
+    dv = tl.dot(rows_of_tile(far_key), gradient, dv * tl.exp2(unit - new_unit), input_precision=PRECISION)
     if STRONG:
         across *= tl.exp2(total)
         m_key = o_key < K
@@ -101,13 +93,13 @@ def _direction(
         matrix = tl.trans(matrix)
         near_dq = tile_of_rows(near_dq, PARTS) * key_factor
         near_dk = tile_of_rows(near_dk, PARTS) * query_factor
-        dq = tile_of_rows(dq, PARTS) * tl.exp2(state_unit)
+        dq = tile_of_rows(dq, PARTS) * tl.exp2(state_unit)[None, None, :]
         terms = query_factor * (query.to(tl.float32) * dq + q * near_dq) - key_factor * (k * near_dk)
         dq = query_decay * dq + near_dq
         dk = key_decay * far_dk + near_dk
     else:
         others = i < j if REVERSED else i > j
-        dq *= tl.exp2(state_unit - key_unit)
+        dq *= tl.exp2(state_unit - key_unit)[None, :]
         part = operand(tl.where(others, scores, 0.0), DTYPE, PRECISION)
         dq = tl.dot(part, key_rows, dq, input_precision=PRECISION)
         dq = tile_of_rows(dq, PARTS) * key_factor
@@ -120,7 +112,8 @@ def _direction(
         dk = key_decay * (far_dk + near_dk)
         matrix = tl.dot(key_rows, tl.trans(query_rows), input_precision=PRECISION)
         matrix = tl.where(i >= j if REVERSED else i <= j, matrix, 0.0)
-    dv = tl.dot(operand(matrix, DTYPE, PRECISION), do, dv, input_precision=PRECISION)
+    matrix = operand(matrix * tl.exp2(query_unit - new_unit), DTYPE, PRECISION)
+    dv = tl.dot(matrix, do, dv, input_precision=PRECISION)
 
     # Sums from one end as a sum from the other.
     far_terms = key.to(tl.float32) * (far_dk * key_factor)
@@ -138,7 +131,7 @@ def _direction(
         logits = tl.load(p_gate + o_token * stride_gate + o_keys, mask=m_tile, other=0.0).to(tl.float32)
         dgate *= sigmoid(-logits)
     tl.store(p_dgate + o_gate, dgate.to(p_dgate.dtype.element_ty), mask=m_tile)
-    return dq, dk, dv
+    return dq, dk, dv, new_unit
 
 
 @triton.jit
@@ -193,18 +186,19 @@ def _block_gradients(
     scores = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     scores_of_keys = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     dv = tl.zeros((T, BLOCK_V), tl.float32)
+    unit = query_unit
     o_gate = o_first * K + o_token * (heads * K) + o_keys
     left = i_block
     right = i_block - (n_blocks - 1)
-    dq, dk, dv = _direction(
-        dv, q, k, p_q, p_k, v, do, scores, scores_of_keys, query_unit, key_unit, upstream_unit,
+    dq, dk, dv, unit = _direction(
+        dv, unit, q, k, p_q, p_k, v, do, scores, scores_of_keys, query_unit, key_unit, upstream_unit,
         p_gf, stride_gf, stride_q, stride_k, p_states, p_units, p_totals, stride, i_program, left, right,
         p_dgf, o_gate, gate_factor, scale, o_token, o_keys, m_tile, o_row, m_row, o_key, o_value,
         K, LOGITS, T, PARTS, BLOCK_K, BLOCK_V, PRECISION, SCANNED, STRONG, False,
     )  # fmt: skip
     p_states += stride * (BLOCK_K * BLOCK_V)
-    b_dq, b_dk, dv = _direction(
-        dv, q, k, p_q, p_k, v, do, scores, scores_of_keys, query_unit, key_unit, upstream_unit,
+    b_dq, b_dk, dv, unit = _direction(
+        dv, unit, q, k, p_q, p_k, v, do, scores, scores_of_keys, query_unit, key_unit, upstream_unit,
         p_gb, stride_gb, stride_q, stride_k, p_states, p_units + stride * BLOCK_K, p_totals + stride * BLOCK_K, stride,
         i_program, left, right,
         p_dgb, o_gate, gate_factor, scale, o_token, o_keys, m_tile, o_row, m_row, o_key, o_value,
@@ -217,7 +211,7 @@ def _block_gradients(
     tl.store(p_dq + o_gate, dq.to(p_dq.dtype.element_ty), mask=m_tile)
     dk = (dk + b_dk + own * tl.exp2(query_unit) * q) * scale
     tl.store(p_dk + o_gate, dk.to(p_dk.dtype.element_ty), mask=m_tile)
-    dv *= scale * tl.exp2(query_unit + key_unit)
+    dv *= scale * tl.exp2(unit + key_unit)
     p_dv += o_first * V + o_row[:, None] * (heads * V) + o_value[None, :]
     tl.store(p_dv, dv.to(p_dv.dtype.element_ty), mask=m_row[:, None] & m_value[None, :])
 

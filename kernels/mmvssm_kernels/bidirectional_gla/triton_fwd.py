@@ -86,23 +86,25 @@ def _block_outputs(
     # Operands of blocks with strong gates are not moved: they only meet the states.
     f_half = tl.zeros((BLOCK_K,), tl.float32) if STRONG else 0.5 * f_total
     b_half = b_total if STRONG else 0.5 * b_total
-    f_state = entering_state(
-        p_states, p_units, p_totals, i_program, i_block, f_half, o_key, o_value, BLOCK_K, BLOCK_V, SCANNED
-    )
-    b_state = entering_state(
-        p_states + stride * (BLOCK_K * BLOCK_V), p_units + stride * BLOCK_K, p_totals + stride * BLOCK_K,
-        i_program, i_block - (n_blocks - 1), b_total - b_half, o_key, o_value, BLOCK_K, BLOCK_V, SCANNED,
+    f_state, f_unit = entering_state(
+        p_states, p_units, p_totals, i_program, i_block, f_half, o_key, o_value,
+        BLOCK_K, BLOCK_V, SCANNED, DTYPE, PRECISION,
     )  # fmt: skip
+    b_state, b_unit = entering_state(
+        p_states + stride * (BLOCK_K * BLOCK_V), p_units + stride * BLOCK_K, p_totals + stride * BLOCK_K,
+        i_program, i_block - (n_blocks - 1), b_total - b_half, o_key, o_value,
+        BLOCK_K, BLOCK_V, SCANNED, DTYPE, PRECISION,
+    )  # fmt: skip
+    state_unit = tl.max(tl.maximum(f_unit, b_unit), axis=0)
     f_before -= f_half[None, :]
     b_before -= b_half[None, :]
     f_query = q * tl.exp2(f_sums + (f_before - query_unit)[:, None, :])
     b_query = q * tl.exp2((-query_unit - b_before)[:, None, :] - b_sums)
-    f_query = rows_of_tile(operand(f_query, DTYPE, PRECISION))
-    b_query = rows_of_tile(operand(b_query, DTYPE, PRECISION))
-    state_unit = tl.maximum(unit_of(f_state, DTYPE), unit_of(b_state, DTYPE))
-    factor = tl.exp2(-state_unit)
-    out = tl.dot(f_query, operand(f_state * factor, DTYPE, PRECISION), input_precision=PRECISION)
-    out = tl.dot(b_query, operand(b_state * factor, DTYPE, PRECISION), out, input_precision=PRECISION)
+    # Queries take the units of the states' keys.
+    far_query = operand(f_query * tl.exp2(f_unit - state_unit)[None, None, :], DTYPE, PRECISION)
+    out = tl.dot(rows_of_tile(far_query), f_state, input_precision=PRECISION)
+    far_query = operand(b_query * tl.exp2(b_unit - state_unit)[None, None, :], DTYPE, PRECISION)
+    out = tl.dot(rows_of_tile(far_query), b_state, out, input_precision=PRECISION)
     out *= tl.exp2(state_unit - key_unit)
     if STRONG:
         # In rows: every pair of tokens has an exponential of its own.
@@ -114,6 +116,8 @@ def _block_outputs(
         gate = load_log_decays(p_gb, o_row, m_row, stride_gb, o_key, m_key, gate_factor, LOGITS)
         matrix += strong_matrix(q, k, gate, T, True)
     else:
+        f_query = rows_of_tile(operand(f_query, DTYPE, PRECISION))
+        b_query = rows_of_tile(operand(b_query, DTYPE, PRECISION))
         key = rows_of_tile(operand(k * tl.exp2((-key_unit - f_before)[:, None, :] - f_sums), DTYPE, PRECISION))
         matrix = tl.dot(f_query, tl.trans(key), input_precision=PRECISION)
         matrix = tl.where(not_before(o_row, False), matrix, 0.0)

@@ -140,17 +140,16 @@ def half_of(total, MILD: tl.constexpr):
 @triton.jit
 def entering_state(
     p_states, p_units, p_totals, i_program, way, exponent, o_key, o_value,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SCANNED: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SCANNED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """2^exponent (K) times the float32 state (K, V) that enters a block.
+    """2^exponent (K) times the state (K, V) that enters a block, as an operand and the exponents (K) of its units.
 
     Without SCANNED the states are what each block adds, and this one has ``abs(way)`` to its left, or right if negative.
     """
     o_state = o_key[:, None] * BLOCK_V + o_value[None, :]
     if SCANNED:
-        exponent += tl.load(p_units + i_program * BLOCK_K + o_key)
-        state = tl.load(p_states + i_program * (BLOCK_K * BLOCK_V) + o_state).to(tl.float32)
-        return state * tl.exp2(exponent)[:, None]
+        unit = tl.load(p_units + i_program * BLOCK_K + o_key)
+        return tl.load(p_states + i_program * (BLOCK_K * BLOCK_V) + o_state).to(DTYPE), exponent + unit
     else:
         step = tl.where(way < 0, 1, -1)
         state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
@@ -160,7 +159,10 @@ def entering_state(
             added = tl.load(p_states + i_other * (BLOCK_K * BLOCK_V) + o_state).to(tl.float32)
             state += tl.exp2(exponent + unit)[:, None] * added
             exponent += tl.load(p_totals + i_other * BLOCK_K + o_key)
-        return state
+        unit = unit_of(state, DTYPE)
+        if DTYPE == tl.float16:  # noqa: SIM300 (a constexpr, but no constant)
+            state *= tl.exp2(-unit)
+        return operand(state, DTYPE, PRECISION), tl.zeros((BLOCK_K,), tl.float32) + unit
 
 
 @triton.jit
