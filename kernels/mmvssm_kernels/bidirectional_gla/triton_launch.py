@@ -31,7 +31,7 @@ class Launch:
 
     Attributes:
         states: States (states, rows, blocks, K, V) and the exponents (states, rows, blocks, K) of their units: two, or
-            with ``upstream`` their gradients too; those that enter the blocks if ``scanned``, else what each block adds.
+            with ``upstream`` their gradients too. If ``scanned`` those that enter the blocks, else what a block adds.
         totals: Total log-decays of the blocks (2, rows, blocks, K).
         strong: Whether a block's gates are strong (rows, blocks).
         upstream: The four tensors of ``upstream``, or None for those that are missing, and the strides of the first.

@@ -38,7 +38,9 @@ def load_vector(p_vector, o_column, m_column):
 
 
 @triton.jit
-def lane_tile(n_tokens, T: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, K: tl.constexpr, VEC: tl.constexpr):
+def lane_tile(
+    n_tokens, T: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, K: tl.constexpr, VEC: tl.constexpr
+):
     """Tokens (PARTS, S, 1) and keys (1, 1, K) of a tile, and which of its elements exist, of ``n_tokens`` tokens."""
     S: tl.constexpr = T // PARTS
     o_token = S * tl.arange(0, PARTS)[:, None, None] + tl.arange(0, S)[None, :, None]
@@ -62,10 +64,7 @@ def tile_of_rows(x, PARTS: tl.constexpr):
 @triton.jit
 def log_decay(gate, gate_factor, LOGITS: tl.constexpr, SHORT: tl.constexpr):
     """Log-decays in units of log 2, from raw logits if LOGITS."""
-    if LOGITS:
-        gate = softplus(-gate, SHORT) * (-gate_factor * LOG2_E)
-    else:
-        gate = gate * LOG2_E
+    gate = softplus(-gate, SHORT) * (-gate_factor * LOG2_E) if LOGITS else gate * LOG2_E
     return tl.maximum(gate, STRONGEST)
 
 
@@ -144,7 +143,7 @@ def entering_state(
 ):  # fmt: skip
     """2^exponent (K) times the state (K, V) that enters a block, as an operand and the exponents (K) of its units.
 
-    Without SCANNED the states are what each block adds, and this one has ``abs(way)`` to its left, or right if negative.
+    Without SCANNED the states are what a block adds, and this one has ``abs(way)`` to its left, or right if negative.
     """
     o_state = o_key[:, None] * BLOCK_V + o_value[None, :]
     if SCANNED:
