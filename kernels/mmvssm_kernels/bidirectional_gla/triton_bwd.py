@@ -23,8 +23,6 @@ from .triton_tile import (
     load_gate_sums,
     load_log_decays,
     load_rows,
-    load_upstream,
-    load_vector,
     next_blocks,
     operand,
     rows_of_tile,
@@ -136,11 +134,11 @@ def _direction(
 
 @triton.jit
 def _block_gradients(
-    i_program, p_q, p_k, p_v, p_gf, p_gb, p_dout, p_normed, p_rstd, p_weight, p_states, p_units, p_totals,
+    i_program, p_q, p_k, p_v, p_gf, p_gb, p_do, p_do_units, p_states, p_units, p_totals,
     p_dq, p_dk, p_dv, p_dgf, p_dgb, rows, heads, length, n_blocks, gate_factor, scale,
     stride_q_batch, stride_q, stride_q_head, stride_k_batch, stride_k, stride_k_head,
     stride_v_batch, stride_v, stride_v_head, stride_gf_batch, stride_gf, stride_gf_head,
-    stride_gb_batch, stride_gb, stride_gb_head, stride_dout_batch, stride_dout, stride_dout_head,
+    stride_gb_batch, stride_gb, stride_gb_head,
     K: tl.constexpr, V: tl.constexpr, LOGITS: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr, VEC: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr, SCANNED: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
@@ -163,20 +161,11 @@ def _block_gradients(
     p_v += i_batch * stride_v_batch + i_head * stride_v_head + first * stride_v
     p_gf += i_batch * stride_gf_batch + i_head * stride_gf_head + first * stride_gf
     p_gb += i_batch * stride_gb_batch + i_head * stride_gb_head + first * stride_gb
-    p_dout += i_batch * stride_dout_batch + i_head * stride_dout_head + first * stride_dout
     o_first = (i_batch * length + first) * heads + i_head
     stride = rows.to(tl.int64) * n_blocks
     v = load_rows(p_v, o_row, m_row, stride_v, o_value, m_value)
-    do, _ = load_upstream(
-        p_dout, p_normed, p_rstd, load_vector(p_weight, o_value, m_value), o_first, o_row, m_row, stride_dout,
-        heads, o_value, m_value, V,
-    )  # fmt: skip
-    upstream_unit = 0.0
-    if DTYPE == tl.float16:  # noqa: SIM300 (a constexpr, but no constant)
-        # At most 2^-4, so that products with 64 values of up to 2^13 stay in the range of float16.
-        upstream_unit = unit_of(do, DTYPE) + 5.0
-        do *= tl.exp2(-upstream_unit)
-    do = operand(do, DTYPE, PRECISION)
+    do = tl.load(p_do + i_program * (T * BLOCK_V) + o_row[:, None] * BLOCK_V + o_value[None, :])
+    upstream_unit = tl.load(p_do_units + i_program)
     q = tl.load(p_q + o_token * stride_q + o_keys, mask=m_tile, other=0.0).to(tl.float32)
     k = tl.load(p_k + o_token * stride_k + o_keys, mask=m_tile, other=0.0).to(tl.float32)
     query_unit = unit_of(q, DTYPE)
@@ -187,7 +176,11 @@ def _block_gradients(
     scores_of_keys = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     dv = tl.zeros((T, BLOCK_V), tl.float32)
     unit = query_unit
-    o_gate = o_first * K + o_token * (heads * K) + o_keys
+    p_dq += o_first * K
+    p_dk += o_first * K
+    p_dgf += o_first * K
+    p_dgb += o_first * K
+    o_gate = o_token * (heads * K) + o_keys
     left = i_block
     right = i_block - (n_blocks - 1)
     dq, dk, dv, unit = _direction(
@@ -218,12 +211,12 @@ def _block_gradients(
 
 @triton.jit(do_not_specialize=["length", "n_blocks", "rows"])
 def bidirectional_gla_bwd_kernel(
-    p_q, p_k, p_v, p_gf, p_gb, p_dout, p_normed, p_rstd, p_weight, p_states, p_units, p_totals, p_strong,
+    p_q, p_k, p_v, p_gf, p_gb, p_do, p_do_units, p_states, p_units, p_totals, p_strong,
     p_dq, p_dk, p_dv, p_dgf, p_dgb,
     rows, heads, length, n_blocks, gate_factor, scale,
     stride_q_batch, stride_q, stride_q_head, stride_k_batch, stride_k, stride_k_head,
     stride_v_batch, stride_v, stride_v_head, stride_gf_batch, stride_gf, stride_gf_head,
-    stride_gb_batch, stride_gb, stride_gb_head, stride_dout_batch, stride_dout, stride_dout_head,
+    stride_gb_batch, stride_gb, stride_gb_head,
     K: tl.constexpr, V: tl.constexpr, LOGITS: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr, VEC: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr, SCANNED: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
@@ -236,21 +229,21 @@ def bidirectional_gla_bwd_kernel(
             i_program, found = next_blocks(p_strong, i_program, n_all, n_programs)
             if found:
                 _block_gradients(
-                    i_program, p_q, p_k, p_v, p_gf, p_gb, p_dout, p_normed, p_rstd, p_weight, p_states, p_units,
+                    i_program, p_q, p_k, p_v, p_gf, p_gb, p_do, p_do_units, p_states, p_units,
                     p_totals, p_dq, p_dk, p_dv, p_dgf, p_dgb, rows, heads, length, n_blocks, gate_factor, scale,
                     stride_q_batch, stride_q, stride_q_head, stride_k_batch, stride_k, stride_k_head,
                     stride_v_batch, stride_v, stride_v_head, stride_gf_batch, stride_gf, stride_gf_head,
-                    stride_gb_batch, stride_gb, stride_gb_head, stride_dout_batch, stride_dout, stride_dout_head,
+                    stride_gb_batch, stride_gb, stride_gb_head,
                     K, V, LOGITS, T, PARTS, VEC, BLOCK_K, BLOCK_V, PRECISION, SCANNED, True,
                 )  # fmt: skip
             i_program += n_programs
     elif tl.load(p_strong + i_program) == 0:
         _block_gradients(
-            i_program, p_q, p_k, p_v, p_gf, p_gb, p_dout, p_normed, p_rstd, p_weight, p_states, p_units,
+            i_program, p_q, p_k, p_v, p_gf, p_gb, p_do, p_do_units, p_states, p_units,
             p_totals, p_dq, p_dk, p_dv, p_dgf, p_dgb, rows, heads, length, n_blocks, gate_factor, scale,
             stride_q_batch, stride_q, stride_q_head, stride_k_batch, stride_k, stride_k_head,
             stride_v_batch, stride_v, stride_v_head, stride_gf_batch, stride_gf, stride_gf_head,
-            stride_gb_batch, stride_gb, stride_gb_head, stride_dout_batch, stride_dout, stride_dout_head,
+            stride_gb_batch, stride_gb, stride_gb_head,
             K, V, LOGITS, T, PARTS, VEC, BLOCK_K, BLOCK_V, PRECISION, SCANNED, False,
         )  # fmt: skip
 
@@ -260,13 +253,12 @@ def bidirectional_gla_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, gf, gb and the norm's weight (empty without one)."""
     norm = () if norm_weight is None else (normed, rstd, norm_weight.contiguous())
-    upstream = (columns_adjacent(dout), *norm)
-    launch = Launch(q, k, v, gf, gb, gate_normalizer, upstream)
+    launch = Launch(q, k, v, gf, gb, gate_normalizer, upstream=(columns_adjacent(dout), *norm))
     grads = tuple(t.new_empty(t.shape) for t in (q, k, v, gf, gb))
     for strong in (False, True):
         bidirectional_gla_bwd_kernel[launch.grid(strong)](
-            *launch.tensors, *launch.upstream, *launch.states, launch.totals, launch.strong, *grads,
-            *launch.sizes, launch.gate_factor, scale, *launch.strides, *launch.upstream_strides,
+            *launch.tensors, launch.do, launch.do_units, *launch.states, launch.totals, launch.strong, *grads,
+            *launch.sizes, launch.gate_factor, scale, *launch.strides,
             **launch.constants, **launch.options("gradients"), SCANNED=launch.scanned, STRONG=strong,
         )  # fmt: skip
     if norm_weight is None:

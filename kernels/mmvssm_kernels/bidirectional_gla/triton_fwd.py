@@ -78,35 +78,45 @@ def _block_outputs(
     stride = rows.to(tl.int64) * n_blocks
     q = tl.load(p_q + o_token * stride_q + o_keys, mask=m_tile, other=0.0).to(tl.float32)
     k = tl.load(p_k + o_token * stride_k + o_keys, mask=m_tile, other=0.0).to(tl.float32)
-    f_sums, f_before, f_total = load_gate_sums(p_gf, o_token, o_keys, m_tile, stride_gf, gate_factor, LOGITS, False)
-    b_sums, b_before, b_total = load_gate_sums(p_gb, o_token, o_keys, m_tile, stride_gb, gate_factor, LOGITS, True)
-    v = load_rows(p_v, o_row, m_row, stride_v, o_value, o_value < V)
     query_unit = unit_of(q, DTYPE)
     key_unit = unit_of(k, DTYPE)
+    # One direction after the other, so that not all of both is held at once.
+    sums, before, total = load_gate_sums(p_gf, o_token, o_keys, m_tile, stride_gf, gate_factor, LOGITS, False)
     # Operands of blocks with strong gates are not moved: they only meet the states.
-    f_half = tl.zeros((BLOCK_K,), tl.float32) if STRONG else 0.5 * f_total
-    b_half = b_total if STRONG else 0.5 * b_total
-    f_state, f_unit = entering_state(
-        p_states, p_units, p_totals, i_program, i_block, f_half, o_key, o_value,
+    half = tl.zeros((BLOCK_K,), tl.float32) if STRONG else 0.5 * total
+    state, unit = entering_state(
+        p_states, p_units, p_totals, i_program, i_block, half, o_key, o_value,
         BLOCK_K, BLOCK_V, SCANNED, DTYPE, PRECISION,
     )  # fmt: skip
-    b_state, b_unit = entering_state(
+    f_unit = tl.max(unit, axis=0)
+    before -= half[None, :]
+    query = q * tl.exp2(sums + (before - query_unit)[:, None, :])
+    # Queries take the units of the state's keys.
+    f_query = rows_of_tile(operand(query * tl.exp2(unit - f_unit)[None, None, :], DTYPE, PRECISION))
+    f_state = state
+    if not STRONG:
+        query = rows_of_tile(operand(query, DTYPE, PRECISION))
+        key = rows_of_tile(operand(k * tl.exp2((-key_unit - before)[:, None, :] - sums), DTYPE, PRECISION))
+        f_matrix = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        f_matrix = operand(tl.where(not_before(o_row, False), f_matrix, 0.0), DTYPE, PRECISION)
+
+    sums, before, total = load_gate_sums(p_gb, o_token, o_keys, m_tile, stride_gb, gate_factor, LOGITS, True)
+    half = total if STRONG else 0.5 * total
+    state, unit = entering_state(
         p_states + stride * (BLOCK_K * BLOCK_V), p_units + stride * BLOCK_K, p_totals + stride * BLOCK_K,
-        i_program, i_block - (n_blocks - 1), b_total - b_half, o_key, o_value,
+        i_program, i_block - (n_blocks - 1), total - half, o_key, o_value,
         BLOCK_K, BLOCK_V, SCANNED, DTYPE, PRECISION,
     )  # fmt: skip
-    state_unit = tl.max(tl.maximum(f_unit, b_unit), axis=0)
-    f_before -= f_half[None, :]
-    b_before -= b_half[None, :]
-    f_query = q * tl.exp2(f_sums + (f_before - query_unit)[:, None, :])
-    b_query = q * tl.exp2((-query_unit - b_before)[:, None, :] - b_sums)
-    # Queries take the units of the states' keys.
-    far_query = operand(f_query * tl.exp2(f_unit - state_unit)[None, None, :], DTYPE, PRECISION)
-    out = tl.dot(rows_of_tile(far_query), f_state, input_precision=PRECISION)
-    far_query = operand(b_query * tl.exp2(b_unit - state_unit)[None, None, :], DTYPE, PRECISION)
-    out = tl.dot(rows_of_tile(far_query), b_state, out, input_precision=PRECISION)
-    out *= tl.exp2(state_unit - key_unit)
-    if STRONG:
+    b_unit = tl.max(unit, axis=0)
+    before -= half[None, :]
+    query = q * tl.exp2((-query_unit - before)[:, None, :] - sums)
+    b_query = rows_of_tile(operand(query * tl.exp2(unit - b_unit)[None, None, :], DTYPE, PRECISION))
+    if not STRONG:
+        query = rows_of_tile(operand(query, DTYPE, PRECISION))
+        key = rows_of_tile(operand(k * tl.exp2(sums + (before - key_unit)[:, None, :]), DTYPE, PRECISION))
+        matrix = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        matrix = operand(tl.where(not_before(o_row, True), matrix, 0.0), DTYPE, PRECISION) + f_matrix
+    else:
         # In rows: every pair of tokens has an exponential of its own.
         m_key = o_key < K
         q = load_rows(p_q, o_row, m_row, stride_q, o_key, m_key).to(tl.float32) * tl.exp2(-query_unit)
@@ -114,17 +124,11 @@ def _block_outputs(
         gate = load_log_decays(p_gf, o_row, m_row, stride_gf, o_key, m_key, gate_factor, LOGITS)
         matrix = strong_matrix(q, k, gate, T, False)
         gate = load_log_decays(p_gb, o_row, m_row, stride_gb, o_key, m_key, gate_factor, LOGITS)
-        matrix += strong_matrix(q, k, gate, T, True)
-    else:
-        f_query = rows_of_tile(operand(f_query, DTYPE, PRECISION))
-        b_query = rows_of_tile(operand(b_query, DTYPE, PRECISION))
-        key = rows_of_tile(operand(k * tl.exp2((-key_unit - f_before)[:, None, :] - f_sums), DTYPE, PRECISION))
-        matrix = tl.dot(f_query, tl.trans(key), input_precision=PRECISION)
-        matrix = tl.where(not_before(o_row, False), matrix, 0.0)
-        key = rows_of_tile(operand(k * tl.exp2(b_sums + (b_before - key_unit)[:, None, :]), DTYPE, PRECISION))
-        b_matrix = tl.dot(b_query, tl.trans(key), input_precision=PRECISION)
-        matrix += tl.where(not_before(o_row, True), b_matrix, 0.0)
-    out = tl.dot(operand(matrix, DTYPE, PRECISION), v, out, input_precision=PRECISION)
+        matrix = operand(matrix + strong_matrix(q, k, gate, T, True), DTYPE, PRECISION)
+    out = tl.dot(f_query, f_state, input_precision=PRECISION) * tl.exp2(f_unit - b_unit)
+    out = tl.dot(b_query, state, out, input_precision=PRECISION) * tl.exp2(b_unit - key_unit)
+    v = load_rows(p_v, o_row, m_row, stride_v, o_value, o_value < V)
+    out = tl.dot(matrix, v, out, input_precision=PRECISION)
     scale *= tl.exp2(query_unit + key_unit)
     o_first = (i_batch * length + first) * heads + i_head
     _store_outputs(out, scale, p_out, p_normed, p_rstd, p_weight, o_first, o_row, m_row, o_value, heads, eps, V)

@@ -10,13 +10,15 @@ _BLOCK, _BACKWARD_BLOCK, _SMALL_BLOCK = 64, 32, 32
 _UNSCANNED = 8
 # Powers of two by which operands of 16 and of 32 bits may grow inside a block; more makes its gates strong.
 _MILD = {2: 12.0, 4: 40.0}
-# Values that a program of the scan over blocks owns, and blocks that it takes at once in short and in long sequences.
-_SCAN_VALUES, _GROUPS = 32, (16, 64)
+# The scan over blocks: values that a program owns, blocks that a warp takes at once, and warps for long sequences.
+_SCAN_VALUES, _SCAN_BLOCKS, _SCAN_WARPS = 64, 16, 8
 # Warps of the kernels' programs, twice as many for float32 operands; neighbouring keys in a lane.
-_WARPS = {"states": 2, "outputs": 2, "gradients": 2}
+_WARPS = {"states": 2, "outputs": 2, "gradients": 4}
 _VEC = 4
+# Registers of a lane, for 16-bit inputs, by which three warps find room where two would.
+_REGISTERS = {"states": 168, "outputs": 168}
 # Programs of the launch for strong gates.
-_STRONG_PROGRAMS = 528
+_STRONG_PROGRAMS = 132
 
 
 def columns_adjacent(tensor: Tensor) -> Tensor:
@@ -34,7 +36,8 @@ class Launch:
             with ``upstream`` their gradients too. If ``scanned`` those that enter the blocks, else what a block adds.
         totals: Total log-decays of the blocks (2, rows, blocks, K).
         strong: Whether a block's gates are strong (rows, blocks).
-        upstream: The four tensors of ``upstream``, or None for those that are missing, and the strides of the first.
+        do, do_units: With ``upstream``, the gradient of the sum of both directions (rows, blocks, T, V), in units, and
+            their exponents (rows, blocks).
         dweight: Partial sums (programs, V) of the weight's gradient.
     """
 
@@ -74,7 +77,10 @@ class Launch:
         """Compiler options of a kernel, and how its lanes share tokens and keys."""
         warps = _WARPS[kernel] * (2 if self.dtype == torch.float32 else 1)
         parts = min(self.constants["T"], max(1, 32 * warps * _VEC // self.block_keys))
-        return dict(num_warps=warps, num_stages=1, PARTS=parts, VEC=_VEC)
+        options = dict(num_warps=warps, num_stages=1, PARTS=parts, VEC=_VEC)
+        if kernel in _REGISTERS and self.dtype != torch.float32 and not torch.version.hip:
+            options["maxnreg"] = _REGISTERS[kernel]
+        return options
 
     def grid(self, strong: bool) -> tuple[int]:
         """Programs of a launch for blocks with mild or with strong gates."""
@@ -93,16 +99,18 @@ class Launch:
         self.states = self.new(*shape, self.block_values, dtype=wide), self.new(*shape)
         self.totals = self.new(2, *shape[1:])
         self.strong = self.new(*shape[1:3], dtype=torch.int32)
-        self.dweight = None
-        self.upstream, self.upstream_strides = (None,) * 4, (0, 0, 0)
+        self.do = self.do_units = self.dweight = None
+        strides, given = (0, 0, 0), (None,) * 4
         if upstream is not None:
-            self.upstream = (*upstream, None, None, None)[:4]
-            self.upstream_strides = upstream[0].stride()[:3]
+            given = (*upstream, None, None, None)[:4]
+            strides = upstream[0].stride()[:3]
+            self.do = self.new(*shape[1:3], self.constants["T"], self.block_values, dtype=self.dtype)
+            self.do_units = self.new(*shape[1:3])
             if len(upstream) > 1:
                 self.dweight = self.new(self.rows * self.blocks, self.constants["V"])
         bidirectional_gla_states_kernel[self.grid(False)](
-            *self.tensors, *self.upstream, *self.states, self.totals, self.strong, self.dweight,
-            *self.sizes[1:], self.gate_factor, *self.strides, *self.upstream_strides,
+            *self.tensors, *given, *self.states, self.totals, self.strong, self.do, self.do_units, self.dweight,
+            *self.sizes[1:], self.gate_factor, *self.strides, *strides,
             **self.constants, **self.options("states"), MILD=_MILD[self.dtype.itemsize],
         )  # fmt: skip
         if self.scanned:
@@ -113,10 +121,11 @@ class Launch:
 
         entering = tuple(torch.empty_like(t) for t in self.states)
         part = min(_SCAN_VALUES, self.block_values)
+        parts = 1 if self.blocks <= 4 * _SCAN_BLOCKS else _SCAN_WARPS
         grid = (self.rows, self.block_keys * self.block_values // part, len(entering[0]))
         bidirectional_gla_scan_kernel[grid](
             *self.states, self.totals, *entering, self.blocks,
-            GROUP=_GROUPS[self.blocks > _GROUPS[1]], BLOCK_K=self.block_keys, BLOCK_V=self.block_values, PART_V=part,
-            num_warps=1,
+            PARTS=parts, S=_SCAN_BLOCKS, BLOCK_K=self.block_keys, BLOCK_V=self.block_values, PART_V=part,
+            num_warps=parts,
         )  # fmt: skip
         self.states = entering
