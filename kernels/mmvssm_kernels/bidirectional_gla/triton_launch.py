@@ -75,10 +75,13 @@ class Launch:
 
     def options(self, kernel: str) -> dict:
         """Compiler options of a kernel, and how its lanes share tokens and keys."""
-        warps = _WARPS[kernel] * (2 if self.dtype == torch.float32 else 1)
+        wide = self.dtype == torch.float32
+        # Triton 3.6 takes products of warp groups for 64 rows and 4 warps, whose results were wrong. Rows of states are
+        # keys; other products have as many rows as a block has tokens, of which only two warps share 64.
+        warps = 2 if kernel == "states" and self.block_keys > 32 else _WARPS[kernel] * (2 if wide else 1)
         parts = min(self.constants["T"], max(1, 32 * warps * _VEC // self.block_keys))
         options = dict(num_warps=warps, num_stages=1, PARTS=parts, VEC=_VEC)
-        if kernel in _REGISTERS and self.dtype != torch.float32 and not torch.version.hip:
+        if kernel in _REGISTERS and not wide and not torch.version.hip:
             options["maxnreg"] = _REGISTERS[kernel]
         return options
 
