@@ -68,9 +68,11 @@ if interpreting():
         for form in ("forward_form", "backward_form"):
             monkeypatch.setattr(triton_launch, form, lambda state: (16, 1, 4, None))
         monkeypatch.setattr(selective_scan_2d, "LANE_TOKENS", 2)
-        monkeypatch.setattr(bidirectional_gla, "_GROUPS", (2, 2))
+        monkeypatch.setattr(bidirectional_gla, "_SCAN_BLOCKS", 1)
         if segments == "several":
             monkeypatch.setattr(bidirectional_gla, "_UNSCANNED", 0)
+            monkeypatch.setattr(bidirectional_gla, "_SCAN_WARPS", 2)
+            monkeypatch.setattr(bidirectional_gla, "_SCAN_LONG", 1)
             monkeypatch.setattr(triton_launch, "_MIN_TOKENS_PER_SEGMENT", 1)
             monkeypatch.setattr(selective_scan_2d, "LANE_TOKENS", 1)
             monkeypatch.setattr(bidirectional_selective_scan, "_MIN_TILES_PER_SEGMENT", 1)

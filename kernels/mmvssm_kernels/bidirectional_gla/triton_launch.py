@@ -10,8 +10,8 @@ _BLOCK, _BACKWARD_BLOCK, _SMALL_BLOCK = 64, 32, 32
 _UNSCANNED = 8
 # Powers of two by which operands of 16 and of 32 bits may grow inside a block; more makes its gates strong.
 _MILD = {2: 12.0, 4: 40.0}
-# The scan over blocks: values that a program owns, blocks that a warp takes at once, and warps for long sequences.
-_SCAN_VALUES, _SCAN_BLOCKS, _SCAN_WARPS = 64, 16, 8
+# The scan over blocks: values that a program owns, blocks that a warp takes at once, and warps for more than so many.
+_SCAN_VALUES, _SCAN_BLOCKS, _SCAN_WARPS, _SCAN_LONG = 64, 16, 8, 64
 # Warps of the kernels' programs, twice as many for float32 operands; neighbouring keys in a lane.
 _WARPS = {"states": 2, "outputs": 2, "gradients": 4}
 _VEC = 4
@@ -124,7 +124,7 @@ class Launch:
 
         entering = tuple(torch.empty_like(t) for t in self.states)
         part = min(_SCAN_VALUES, self.block_values)
-        parts = 1 if self.blocks <= 4 * _SCAN_BLOCKS else _SCAN_WARPS
+        parts = _SCAN_WARPS if self.blocks > _SCAN_LONG else 1
         grid = (self.rows, self.block_keys * self.block_values // part, len(entering[0]))
         bidirectional_gla_scan_kernel[grid](
             *self.states, self.totals, *entering, self.blocks,
