@@ -259,7 +259,7 @@ def bidirectional_gla_backward(
         bidirectional_gla_bwd_kernel[launch.grid(strong)](
             *launch.tensors, launch.do, launch.do_units, *launch.states, launch.totals, launch.strong, *grads,
             *launch.sizes, launch.gate_factor, scale, *launch.strides,
-            **launch.constants, **launch.options("gradients"), SCANNED=launch.scanned, STRONG=strong,
+            **launch.constants, **launch.options("gradients", strong), SCANNED=launch.scanned, STRONG=strong,
         )  # fmt: skip
     if norm_weight is None:
         return *grads, q.new_empty(0)

@@ -190,7 +190,7 @@ def bidirectional_gla_forward(
         bidirectional_gla_fwd_kernel[launch.grid(strong)](
             *launch.tensors, weight, *launch.states, launch.totals, launch.strong, out, normed, rstd,
             *launch.sizes, launch.gate_factor, scale, norm_eps, *launch.strides,
-            **launch.constants, **launch.options("outputs"), SCANNED=launch.scanned, STRONG=strong,
+            **launch.constants, **launch.options("outputs", strong), SCANNED=launch.scanned, STRONG=strong,
         )  # fmt: skip
     if normed is None:
         normed, rstd = v.new_empty(0, dtype=normed_dtype(v)), v.new_empty(0, dtype=torch.float32)

@@ -1,5 +1,7 @@
 """Shapes, strides and block sizes for launching the kernels of bidirectional gated linear attention."""
 
+import math
+
 import torch
 import triton
 from torch import Tensor
@@ -10,13 +12,15 @@ _BLOCK, _BACKWARD_BLOCK, _SMALL_BLOCK = 64, 32, 32
 _UNSCANNED = 8
 # Powers of two by which operands of 16 and of 32 bits may grow inside a block; more makes its gates strong.
 _MILD = {2: 12.0, 4: 40.0}
-# The scan over blocks: values that a program owns, blocks that a warp takes at once, and warps for more than so many.
-_SCAN_VALUES, _SCAN_BLOCKS, _SCAN_WARPS, _SCAN_LONG = 64, 16, 8, 64
-# Warps of the kernels' programs, twice as many for float32 operands; neighbouring keys in a lane.
-_WARPS = {"states": 2, "outputs": 2, "gradients": 4}
+# The scan over blocks: values that a program owns, and blocks that a warp takes at once. A program has _SCAN_WARPS if
+# there are more blocks than _SCAN_LONG and fewer programs than _SCAN_FEW, else one.
+_SCAN_VALUES, _SCAN_BLOCKS, _SCAN_WARPS, _SCAN_LONG, _SCAN_FEW = 64, 16, 8, 64, 512
+# For heads of up to 16 keys and for wider ones: warps of a program, twice as many for float32 operands, and for 16-bit
+# inputs the registers of a lane with which one warp more finds room, where that was faster.
+_WARPS = {"states": (2, 2), "outputs": (2, 2), "gradients": (2, 4)}
+_REGISTERS = {"states": (128, 168), "outputs": (128, 168), "gradients": (None, 168)}
+# Neighbouring keys in a lane.
 _VEC = 4
-# Registers of a lane, for 16-bit inputs, by which three warps find room where two would.
-_REGISTERS = {"states": 168, "outputs": 168}
 # Programs of the launch for strong gates.
 _STRONG_PROGRAMS = 132
 
@@ -73,16 +77,21 @@ class Launch:
         )
         self._make_states(upstream)
 
-    def options(self, kernel: str) -> dict:
+    def options(self, kernel: str, strong: bool = False) -> dict:
         """Compiler options of a kernel, and how its lanes share tokens and keys."""
-        wide = self.dtype == torch.float32
-        # Triton 3.6 takes products of warp groups for 64 rows and 4 warps, whose results were wrong. Rows of states are
-        # keys; other products have as many rows as a block has tokens, of which only two warps share 64.
-        warps = 2 if kernel == "states" and self.block_keys > 32 else _WARPS[kernel] * (2 if wide else 1)
+        wide_heads, in_16_bits = self.block_keys > 16, self.dtype != torch.float32
+        warps = _WARPS[kernel][wide_heads] * (1 if in_16_bits else 2)
+        if kernel == "states" and self.block_keys > 32:
+            # Triton 3.6 takes products of warp groups for 64 rows and 4 warps, whose results were wrong. Rows of states
+            # are keys; other products have as many rows as a block has tokens, of which only two warps share 64.
+            warps = 2
         parts = min(self.constants["T"], max(1, 32 * warps * _VEC // self.block_keys))
         options = dict(num_warps=warps, num_stages=1, PARTS=parts, VEC=_VEC)
-        if kernel in _REGISTERS and not wide and not torch.version.hip:
-            options["maxnreg"] = _REGISTERS[kernel]
+        registers = _REGISTERS[kernel][wide_heads]
+        if strong or (kernel == "outputs" and not self.scanned):
+            registers = None  # these hold more
+        if registers is not None and in_16_bits and not torch.version.hip:
+            options["maxnreg"] = registers
         return options
 
     def grid(self, strong: bool) -> tuple[int]:
@@ -124,8 +133,8 @@ class Launch:
 
         entering = tuple(torch.empty_like(t) for t in self.states)
         part = min(_SCAN_VALUES, self.block_values)
-        parts = _SCAN_WARPS if self.blocks > _SCAN_LONG else 1
         grid = (self.rows, self.block_keys * self.block_values // part, len(entering[0]))
+        parts = _SCAN_WARPS if self.blocks > _SCAN_LONG and math.prod(grid) < _SCAN_FEW else 1
         bidirectional_gla_scan_kernel[grid](
             *self.states, self.totals, *entering, self.blocks,
             PARTS=parts, S=_SCAN_BLOCKS, BLOCK_K=self.block_keys, BLOCK_V=self.block_values, PART_V=part,
