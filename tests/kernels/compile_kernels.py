@@ -25,7 +25,7 @@ from mmvssm_kernels.testing import (
     SwiGlu,
 )
 
-POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 SCANS = [
     Scan(1, 40, 2000, 1),
     Scan(1, 33, 70, 16, groups=3, gate=True, reverse=True),
@@ -46,8 +46,8 @@ BIASES = [
     BiasActivation(2, 40, 512, residual=True),
     BiasActivation(1, 9, 33, "relu"),
 ]
-# A sequence of one chunk and one of several.
-ATTENTIONS = [BidirectionalGla(1, 196, 3, 32, 64, norm=True), BidirectionalGla(1, 400, 1, 16, 32)]
+# A sequence of a few blocks and one of many.
+ATTENTIONS = [BidirectionalGla(1, 196, 3, 32, 64, norm=True), BidirectionalGla(1, 600, 1, 16, 32)]
 # Both directions of a sequence that is cut into segments, and one direction of a short one.
 BIDIRECTIONAL_SCANS = [BidirectionalScan(1, 384, 130, 12, 16), BidirectionalScan(1, 40, 20, 48, 5, 3, directions=1)]
 SWIGLUS = [SwiGlu(2, 40, 512), SwiGlu(1, 9, 88)]

@@ -17,7 +17,7 @@ KERNELS += [f"{operator}_{part}_kernel" for operator in _TWO_PASSES for part in 
 KERNELS += ["bias_activation_fwd_kernel", "bias_activation_bwd_kernel", "sum_rows_kernel"]
 KERNELS += ["selective_scan_segments_kernel", "selective_scan_sums_kernel"]
 
-KERNELS += [f"bidirectional_gla_{part}_kernel" for part in ("prepare", "scan", "fwd", "bwd", "gates")]
+KERNELS += [f"bidirectional_gla_{part}_kernel" for part in ("states", "scan", "fwd", "bwd", "weight")]
 KERNELS += [f"bidirectional_selective_scan_fwd_kernel_{part}" for part in ("taps", "project", "scan")]
 KERNELS += ["bidirectional_selective_scan_kernel_carry"]
 KERNELS += [f"bidirectional_selective_scan_bwd_kernel_{part}" for part in ("scan", "project", "convolve", "finish")]

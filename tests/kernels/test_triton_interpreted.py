@@ -68,10 +68,11 @@ if interpreting():
         for form in ("forward_form", "backward_form"):
             monkeypatch.setattr(triton_launch, form, lambda state: (16, 1, 4, None))
         monkeypatch.setattr(selective_scan_2d, "LANE_TOKENS", 2)
-        monkeypatch.setattr(bidirectional_gla, "_GROUP", 2)
+        monkeypatch.setattr(bidirectional_gla, "_SCAN_BLOCKS", 1)
         if segments == "several":
-            monkeypatch.setattr(bidirectional_gla, "_MOST", 2)
-            monkeypatch.setattr(bidirectional_gla, "_CHUNK", 2)
+            monkeypatch.setattr(bidirectional_gla, "_UNSCANNED", 0)
+            monkeypatch.setattr(bidirectional_gla, "_SCAN_WARPS", 2)
+            monkeypatch.setattr(bidirectional_gla, "_SCAN_LONG", 1)
             monkeypatch.setattr(triton_launch, "_MIN_TOKENS_PER_SEGMENT", 1)
             monkeypatch.setattr(selective_scan_2d, "LANE_TOKENS", 1)
             monkeypatch.setattr(bidirectional_selective_scan, "_MIN_TILES_PER_SEGMENT", 1)
@@ -102,12 +103,11 @@ if interpreting():
             assert relative_error(got, want) < 1e-5
 
     @pytest.mark.parametrize("options", [{"norm": True}, {"decay": -1.0}], ids=str)
-    def test_attention_in_chunks(options, monkeypatch):
+    def test_attention_of_scanned_states(options, monkeypatch):
         from mmvssm_kernels.bidirectional_gla import triton_launch
 
-        # Values in two halves, and float16 operands in states.
-        monkeypatch.setattr(triton_launch, "_MOST", 2)
-        monkeypatch.setattr(triton_launch, "_CHUNK", 2)
+        # States in float16, in units of their keys.
+        monkeypatch.setattr(triton_launch, "_UNSCANNED", 0)
         case = BidirectionalGla(1, 70, 1, 20, 40, **options)
         with poisoned_memory():
             check_operator(OPERATORS[type(case)], case, torch.float16, "cpu", "triton")

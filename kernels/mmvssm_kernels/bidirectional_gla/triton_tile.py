@@ -1,12 +1,14 @@
-"""Building blocks of the kernels: tiles of a block of tokens, units, and pairs of tokens with strong gates.
+"""Building blocks of the kernels: tiles of a block of tokens, sums of gates, units, and pairs with strong gates.
 
-A block has T tokens (rows). Log-decays are in units of log 2. The operands that blocks exchange are *decayed*: for the
-forward direction
+A block has T tokens (rows). Log-decays are in units of log 2. With x the sums of the gates from a block's start,
 
-    query[i] = q[i] 2^(sum of the gates up to i + half)        key[j] = k[j] 2^(sum of the gates behind j + half)
+    forward direction     query[i] = q[i] 2^(x[i] + half)     key[j] = k[j] 2^(-x[j] - half)     x with i's own gate
+    backward direction    query[i] = q[i] 2^(-x[i] - half)    key[j] = k[j] 2^(x[j] + half)      x without i's own gate
 
-with ``half`` (K) minus half the block's total log-decay, at most MILD; the backward direction mirrors them. Inside a
-block, query[i] key[j] then is what a pair of tokens needs, because everything but the gates between them cancels.
+and ``half`` (K) minus half the block's total, so that no factor of a block with mild gates is above 2^MILD.
+
+What is computed for every token and key is computed in tiles (PARTS, S, K), in which a lane owns VEC neighbouring keys
+and S consecutive tokens: sums over tokens need no other lane then, but for one value of each part.
 """
 
 import triton
@@ -36,33 +38,82 @@ def load_vector(p_vector, o_column, m_column):
 
 
 @triton.jit
+def lane_tile(
+    n_tokens, T: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, K: tl.constexpr, VEC: tl.constexpr
+):
+    """Tokens (PARTS, S, 1) and keys (1, 1, K) of a tile, and which of its elements exist, of ``n_tokens`` tokens."""
+    S: tl.constexpr = T // PARTS
+    o_token = S * tl.arange(0, PARTS)[:, None, None] + tl.arange(0, S)[None, :, None]
+    # The hint keeps more neighbouring keys from one lane.
+    o_key = tl.max_contiguous(tl.arange(0, BLOCK_K), VEC)[None, None, :]
+    return o_token, o_key, (o_token < n_tokens) & (o_key < K)
+
+
+@triton.jit
+def rows_of_tile(x):
+    """A tile (PARTS, S, K) as rows (T, K), operands of products."""
+    return tl.reshape(x, (x.shape[0] * x.shape[1], x.shape[2]))
+
+
+@triton.jit
+def tile_of_rows(x, PARTS: tl.constexpr):
+    """The inverse of :func:`rows_of_tile`."""
+    return tl.reshape(x, (PARTS, x.shape[0] // PARTS, x.shape[1]))
+
+
+@triton.jit
+def log_decay(gate, gate_factor, LOGITS: tl.constexpr, SHORT: tl.constexpr):
+    """Log-decays in units of log 2, from raw logits if LOGITS."""
+    gate = softplus(-gate, SHORT) * (-gate_factor * LOG2_E) if LOGITS else gate * LOG2_E
+    return tl.maximum(gate, STRONGEST)
+
+
+@triton.jit
 def load_log_decays(p_block, o_row, m_row, stride, o_key, m_key, gate_factor, LOGITS: tl.constexpr):
     """Log-decays (T, K) in units of log 2, zero where masked; from raw logits if LOGITS."""
-    m_gate = m_row[:, None] & m_key[None, :]
-    p_gate = p_block + o_row[:, None] * stride + o_key[None, :]
-    if LOGITS:
-        # A logit of 1e4 is a decay of 1.
-        gate = -softplus(-tl.load(p_gate, mask=m_gate, other=10000.0).to(tl.float32))
-    else:
-        gate = tl.load(p_gate, mask=m_gate, other=0.0).to(tl.float32)
-    return tl.maximum(gate * (gate_factor * LOG2_E), STRONGEST)
+    # A logit of 1e4 is a decay of 1.
+    gate = tl.load(
+        p_block + o_row[:, None] * stride + o_key[None, :],
+        mask=m_row[:, None] & m_key[None, :],
+        other=10000.0 if LOGITS else 0.0,
+    )
+    return log_decay(gate.to(tl.float32), gate_factor, LOGITS, False)
+
+
+@triton.jit
+def load_gate_sums(p_block, o_token, o_key, m_tile, stride, gate_factor, LOGITS: tl.constexpr, EXCLUSIVE: tl.constexpr):
+    """Sums of the log-decays from a block's start, with a token's own unless EXCLUSIVE, and the total (K).
+
+    In two parts, because more is added to them: from the start of a part (PARTS, S, K) and up to there (PARTS, K).
+    """
+    gate = tl.load(p_block + o_token * stride + o_key, mask=m_tile, other=10000.0 if LOGITS else 0.0)
+    SHORT: tl.constexpr = gate.dtype != tl.float32
+    gate = log_decay(gate.to(tl.float32), gate_factor, LOGITS, SHORT)
+    sums = tl.cumsum(gate, axis=1)
+    # The last of a part: which one it is, is known when the kernel is compiled.
+    o_last = tl.arange(0, gate.shape[1])[None, :, None]
+    part = tl.sum(tl.where(o_last == gate.shape[1] - 1, sums, 0.0), axis=1)
+    before = tl.cumsum(part, axis=0) - part
+    if EXCLUSIVE:
+        sums -= gate
+    return sums, before, tl.sum(part, axis=0)
 
 
 @triton.jit
 def load_upstream(
-    p_dout, p_normed, p_rstd, weight, o_row, m_row, stride_dout, stride_normed, stride_rstd, o_value, m_value,
-    V: tl.constexpr,
-):  # fmt: skip
+    p_dout, p_normed, p_rstd, weight, o_first, o_row, m_row, stride_dout, heads, o_value, m_value, V: tl.constexpr
+):
     """Gradient (T, V) of the sum of both directions before the norm, if any, and each token's gradient of its weight.
 
-    Pointers are those of the block; in float32.
+    ``p_dout`` is that of the block; the others are ours, (B, L, heads, V) and (B, L, heads), contiguous, with the
+    block's first token at ``o_first``. In float32.
     """
     dout = load_rows(p_dout, o_row, m_row, stride_dout, o_value, m_value).to(tl.float32)
     if p_normed is None:
         return dout, dout
     else:
-        normed = load_rows(p_normed, o_row, m_row, stride_normed, o_value, m_value).to(tl.float32)
-        rstd = tl.load(p_rstd + o_row * stride_rstd, mask=m_row, other=0.0)
+        normed = load_rows(p_normed + o_first * V, o_row, m_row, heads * V, o_value, m_value).to(tl.float32)
+        rstd = tl.load(p_rstd + o_first + o_row * heads, mask=m_row, other=0.0)
         dnormed = dout * weight[None, :]
         mean = tl.sum(dnormed * normed, axis=1) / V
         return rstd[:, None] * (dnormed - normed * mean[:, None]), dout * normed
@@ -86,40 +137,45 @@ def half_of(total, MILD: tl.constexpr):
 
 
 @triton.jit
-def store_weights(
-    p_weights, p_left, p_right, stride, left_half, right_half, unit, here, n_blocks, o_key,
-    EXPONENT: tl.constexpr, MOST: tl.constexpr,
+def entering_state(
+    p_states, p_units, p_totals, i_program, way, exponent, o_key, o_value,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SCANNED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store the decays (MOST, K) between the block that is ``here`` in a chunk and the others.
+    """2^exponent (K) times the state (K, V) that enters a block, as an operand and the exponents (K) of its units.
 
-    Those to the left are met in one direction, those to the right in the other: pointers are to the chunk's total
-    log-decays in these directions, EXPONENT strides before the exponents of the operands.
-
-    Returns:
-        The log-decays (K) from the block to both ends of the chunk.
+    Without SCANNED the states are what a block adds, and this one has ``abs(way)`` to its left, or right if negative.
     """
-    o_block = tl.arange(0, MOST)[:, None]
-    o_vector = o_block * o_key.shape[0] + o_key[None, :]
-    m_left = o_block < here
-    m_right = (o_block > here) & (o_block < n_blocks)
-    # Blocks between, without the one that is met: nothing is subtracted from a sum of strong gates.
-    left = tl.load(p_left + o_key.shape[0] + o_vector, mask=o_block + 1 < here, other=0.0)
-    right = tl.load(p_right - o_key.shape[0] + o_vector, mask=m_right & (o_block - 1 > here), other=0.0)
-    exponent = tl.load(p_left + EXPONENT * stride + o_vector, mask=m_left, other=0.0)
-    exponent += tl.load(p_right + EXPONENT * stride + o_vector, mask=m_right, other=0.0)
-    left = tl.cumsum(left, axis=0, reverse=True) - left_half[None, :]
-    right = tl.cumsum(right, axis=0) - right_half[None, :]
-    tl.store(p_weights + o_vector, tl.exp2(tl.where(m_left, left, right) + (exponent - unit)))
-    to_left = tl.sum(tl.load(p_left + o_vector, mask=m_left, other=0.0), axis=0) - left_half
-    to_right = tl.sum(tl.load(p_right + o_vector, mask=m_right, other=0.0), axis=0) - right_half
-    return to_left, to_right
+    o_state = o_key[:, None] * BLOCK_V + o_value[None, :]
+    if SCANNED:
+        unit = tl.load(p_units + i_program * BLOCK_K + o_key)
+        return tl.load(p_states + i_program * (BLOCK_K * BLOCK_V) + o_state).to(DTYPE), exponent + unit
+    else:
+        step = tl.where(way < 0, 1, -1)
+        state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+        for i in range(tl.abs(way)):
+            i_other = i_program + step * (i + 1)
+            unit = tl.load(p_units + i_other * BLOCK_K + o_key)
+            added = tl.load(p_states + i_other * (BLOCK_K * BLOCK_V) + o_state).to(tl.float32)
+            state += tl.exp2(exponent + unit)[:, None] * added
+            exponent += tl.load(p_totals + i_other * BLOCK_K + o_key)
+        unit = unit_of(state, DTYPE)
+        if DTYPE == tl.float16:  # noqa: SIM300 (a constexpr, but no constant)
+            state *= tl.exp2(-unit)
+        return operand(state, DTYPE, PRECISION), tl.zeros((BLOCK_K,), tl.float32) + unit
 
 
 @triton.jit
-def other_launch(f_half, b_half, MILD: tl.constexpr, STRONG: tl.constexpr):
-    """Whether a block belongs to the other of two launches, that for mild and that for strong gates."""
-    top = tl.max(tl.maximum(f_half, b_half), axis=0)
-    return top < MILD if STRONG else top >= MILD
+def next_blocks(p_strong, i_program, n_all, n_programs):
+    """The first of a program's blocks from ``i_program`` on whose gates are strong, and whether there is one.
+
+    Looks at 64 of its blocks, the last one looked at is returned if there is none.
+    """
+    MANY: tl.constexpr = 64
+    o_next = tl.arange(0, MANY)
+    i_next = i_program + o_next * n_programs.to(tl.int64)
+    strong = tl.load(p_strong + i_next, mask=i_next < n_all, other=0) != 0
+    ahead = tl.min(tl.where(strong, o_next, MANY), axis=0)
+    return i_program + tl.minimum(ahead, MANY - 1).to(tl.int64) * n_programs, ahead < MANY
 
 
 @triton.jit
@@ -129,13 +185,6 @@ def operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
         return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
     else:
         return x.to(DTYPE)
-
-
-@triton.jit
-def state_operand(state, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """A float32 state as an operand, and the exponent of its unit."""
-    unit = unit_of(state, DTYPE)
-    return operand(state * tl.exp2(-unit), DTYPE, PRECISION), unit
 
 
 @triton.jit
