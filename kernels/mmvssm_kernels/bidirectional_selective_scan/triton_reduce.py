@@ -1,8 +1,9 @@
 """Vim's inner block, Triton backward pass: through the projections and convolutions, and the sums of partial sums.
 
-The first kernel adds the gradient of u from the projection to that from the scan and takes it back through the SiLU;
-the second goes through the convolutions of both directions; the third adds what the programs of all kernels left as
-partial sums, in a fixed order.
+The first kernel makes the gradients of the projections' rows: it adds those of B and C over blocks of channels and
+takes those of the step sizes to the low-rank values. The second adds the gradient of u from the projection to that from
+the scan and takes it back through the SiLU; the third goes through the convolutions of both directions; the fourth adds
+what the programs of all kernels left as partial sums, in a fixed order.
 """
 
 import triton
@@ -12,12 +13,15 @@ from torch import Tensor
 from ..selective_scan.triton_tile import detach_layout
 from ..triton_scan import sigmoid
 from .triton_launch import register_limit
-from .triton_tile import block_channels, convolve, load_rows, load_vector, split_dot
+from .triton_tile import block_channels, convolve, load_rows, load_vector, split_both_dot, split_dot
 
-# Tokens of a program of the first and of the second kernel.
+# Rows and warps of a program of the first kernel.
+_SUM_ROWS = 32
+_SUM_WARPS = 2
+# Tokens of a program of the second and of the third kernel.
 _PROJECT_TOKENS = 256
 _CONVOLVE_TOKENS = 32
-# Of the first kernel: tokens and channels of a step (fewer for float32), warps, and registers of a thread.
+# Of the second kernel: tokens and channels of a step (fewer for float32), warps, and registers of a thread.
 _TOKENS = 32
 _CHANNELS = 64
 _WARPS = 4
@@ -25,9 +29,123 @@ _REGISTERS = 255
 
 
 @triton.jit
+def _sum_rows(
+    p_dprojected,
+    p_dweights,
+    p_draw,
+    p_dt_weight,
+    narrow: tl.constexpr,
+    n_rows,
+    n_copy,
+    n_blocks,
+    channels: tl.constexpr,
+    rank,
+    N: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    o_row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_row = o_row < n_rows
+    o_rank = tl.arange(0, BLOCK_R)
+    o_weight = tl.arange(0, BLOCK_P)
+    m_weight = m_row[:, None] & (o_weight < 2 * N)[None, :]
+    p_weights = p_dweights + o_row[:, None] * (2 * N) + o_weight[None, :]
+    weights = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
+    low_rank = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for i in range(n_blocks):
+        o_channel, m_channel = block_channels(i, channels, BLOCK_C)
+        weights += tl.load(p_weights, mask=m_weight, other=0.0)
+        p_weights += n_copy
+        draw = load_rows(p_draw, o_row, m_row, o_channel, m_channel, channels)
+        p_weight = p_dt_weight + o_channel[:, None] * rank + o_rank[None, :]
+        weight = tl.load(p_weight, mask=m_channel[:, None] & (o_rank < rank)[None, :], other=0.0)
+        low_rank = split_dot(draw, weight.to(narrow), low_rank, PRECISION)
+    p_rows = p_dprojected + o_row[:, None] * (RANK + 2 * N)
+    tl.store(p_rows + o_rank[None, :], low_rank, mask=m_row[:, None] & (o_rank < rank)[None, :])
+    tl.store(p_rows + RANK + o_weight[None, :], weights, mask=m_weight)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_copy"])
+def bidirectional_selective_scan_bwd_kernel_sum(
+    p_dprojected,
+    p_dweights,
+    p_draw,
+    p_x,
+    p_dt_weight,
+    p_dt_weight_b,
+    n_rows,
+    n_copy,
+    n_blocks,
+    channels: tl.constexpr,
+    rank,
+    N: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of the projections (K, B L, row), of dweights (channel blocks, K, B L, 2N) and draw (K, B L, E).
+
+    ``p_x`` says which dtype the products have.
+    """
+    i_direction = tl.program_id(1).to(tl.int64)
+    p_dprojected += i_direction * n_rows * (RANK + 2 * N)
+    p_dweights += i_direction * n_rows * (2 * N)
+    p_draw += i_direction * n_rows * channels
+    if i_direction == 0:
+        _sum_rows(
+            p_dprojected,
+            p_dweights,
+            p_draw,
+            p_dt_weight,
+            p_x.dtype.element_ty,
+            n_rows,
+            n_copy,
+            n_blocks,
+            channels,
+            rank,
+            N,
+            RANK,
+            BLOCK_T,
+            BLOCK_C,
+            BLOCK_R,
+            BLOCK_P,
+            PRECISION,
+        )
+    else:
+        _sum_rows(
+            p_dprojected,
+            p_dweights,
+            p_draw,
+            p_dt_weight_b,
+            p_x.dtype.element_ty,
+            n_rows,
+            n_copy,
+            n_blocks,
+            channels,
+            rank,
+            N,
+            RANK,
+            BLOCK_T,
+            BLOCK_C,
+            BLOCK_R,
+            BLOCK_P,
+            PRECISION,
+        )
+
+
+@triton.jit
 def _unproject(
     p_x,
     p_dprojected,
+    p_projected,
+    p_draw,
     p_du,
     p_dconv,
     p_taps,
@@ -36,6 +154,7 @@ def _unproject(
     length,
     channels: tl.constexpr,
     rank,
+    n_padded,
     stride_x_token,
     n_blocks,
     N: tl.constexpr,
@@ -45,6 +164,7 @@ def _unproject(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     ROW: tl.constexpr = RANK + 2 * N
@@ -59,12 +179,20 @@ def _unproject(
     weight = tl.load(p_x_weight + o_x_weight, mask=m_weight, other=0.0).to(narrow)
     dweight = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     dbias = tl.zeros((BLOCK_C,), tl.float32)
+    o_rank = tl.arange(0, BLOCK_R)
+    dt_dweight = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    dt_dbias = tl.zeros((BLOCK_C,), tl.float32)
     for i in range(n_blocks):
         o_token = (tl.program_id(1) * n_blocks + i) * BLOCK_T + tl.arange(0, BLOCK_T)
         m_token = o_token < length
         p_rows = p_dprojected + o_token[:, None] * ROW + o_row[None, :]
         dprojected = tl.load(p_rows, mask=m_token[:, None] & m_row[None, :], other=0.0)
         du = load_rows(p_du, o_token, m_token, o_channel, m_channel, channels)
+        draw = load_rows(p_draw, o_token, m_token, o_channel, m_channel, channels)
+        # The projections were kept in scan order.
+        o_scan = n_padded - 1 - o_token if REVERSE else o_token
+        m_low = m_token[:, None] & (o_rank < rank)[None, :]
+        low_rank = tl.load(p_projected + o_scan[:, None] * ROW + o_rank[None, :], mask=m_low, other=0.0)
         # Detached from the layout of the product, in which the convolution would be computed once more.
         through = split_dot(dprojected, weight, tl.zeros(du.shape, tl.float32), PRECISION)
         du += tl.reshape(detach_layout(through[None, :, :]), du.shape)
@@ -76,14 +204,22 @@ def _unproject(
         tl.store(p_tile, dconv.to(p_dconv.dtype.element_ty), mask=m_token[:, None] & m_channel[None, :])
         dbias += tl.sum(dconv, axis=0)
         dweight = split_dot(tl.trans(dprojected), u, dweight, PRECISION)
+        dt_dbias += tl.sum(draw, axis=0)
+        dt_dweight = split_both_dot(tl.trans(low_rank), draw, dt_dweight, narrow, PRECISION)
     tl.store(p_partial + o_channel, dbias, mask=m_channel)
     tl.store(p_partial + channels + o_x_weight, dweight, mask=m_weight)
+    p_partial += (rank + 2 * N + 1) * channels
+    o_dt_weight = o_rank[:, None] * channels + o_channel[None, :]
+    tl.store(p_partial + o_dt_weight, dt_dweight, mask=(o_rank < rank)[:, None] & m_channel[None, :])
+    tl.store(p_partial + rank * channels + o_channel, dt_dbias, mask=m_channel)
 
 
 @triton.jit(do_not_specialize=["length", "n_padded", "n_blocks"])
 def bidirectional_selective_scan_bwd_kernel_project(
     p_x,
     p_dprojected,
+    p_projected,
+    p_draw,
     p_du,
     p_dconv,
     p_taps,
@@ -104,22 +240,30 @@ def bidirectional_selective_scan_bwd_kernel_project(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of the convolutions' results (K, B, L, E), and of every program's sums conv_bias and x_proj_weight."""
+    """Gradients of the convolutions' results (K, B, L, E).
+
+    And of every program's partial sums the rows of conv_bias, x_proj_weight, dt_proj_weight and dt_proj_bias.
+    """
     i_batch = tl.program_id(2).to(tl.int64) // K
     i_direction = tl.program_id(2) % K
     i_sequence = i_direction * (tl.num_programs(2) // K) + i_batch
     p_x += i_batch * stride_x_batch
     p_dprojected += i_sequence * n_padded * (RANK + 2 * N)
+    p_projected += i_sequence * n_padded * (RANK + 2 * N)
+    p_draw += i_sequence * n_padded * channels
     p_du += i_sequence * n_padded * channels
     p_dconv += i_sequence * length * channels
     i_program = (i_batch * tl.num_programs(1) + tl.program_id(1)) * K + i_direction
-    p_partial += i_program * (rank + 2 * N + 1) * channels
+    p_partial += i_program * (2 * rank + 2 * N + 2) * channels
     if i_direction == 0:
         _unproject(
             p_x,
             p_dprojected,
+            p_projected,
+            p_draw,
             p_du,
             p_dconv,
             p_taps,
@@ -128,6 +272,7 @@ def bidirectional_selective_scan_bwd_kernel_project(
             length,
             channels,
             rank,
+            n_padded,
             stride_x_token,
             n_blocks,
             N,
@@ -137,12 +282,15 @@ def bidirectional_selective_scan_bwd_kernel_project(
             BLOCK_T,
             BLOCK_C,
             BLOCK_P,
+            BLOCK_R,
             PRECISION,
         )
     else:
         _unproject(
             p_x,
             p_dprojected,
+            p_projected,
+            p_draw,
             p_du,
             p_dconv,
             p_taps + (W + 1) * channels,
@@ -151,6 +299,7 @@ def bidirectional_selective_scan_bwd_kernel_project(
             length,
             channels,
             rank,
+            n_padded,
             stride_x_token,
             n_blocks,
             N,
@@ -160,6 +309,7 @@ def bidirectional_selective_scan_bwd_kernel_project(
             BLOCK_T,
             BLOCK_C,
             BLOCK_P,
+            BLOCK_R,
             PRECISION,
         )
 
@@ -233,36 +383,36 @@ def bidirectional_selective_scan_bwd_kernel_finish(
 ):
     """Sums of the programs' sums, each at its place in the parameters' flat gradients.
 
-    Rows (P, K, rows, E): of the scan A_log (N), dt_proj_weight (R), dt_proj_bias and D; of the projection conv_bias and
-    x_proj_weight (R + 2N); of the convolution conv_weight (W). Gradients, as in ScanParameters: conv_weight (E, W),
-    conv_bias (E), x_proj_weight (R + 2N, E), dt_proj_weight (E, R), dt_proj_bias (E), A_log (E, N), D (E).
+    Rows (P, K, rows, E): of the scan A_log (N) and D; of the projection conv_bias, x_proj_weight (R + 2N),
+    dt_proj_weight (R) and dt_proj_bias; of the convolution conv_weight (W). Gradients, as in ScanParameters:
+    conv_weight (E, W), conv_bias (E), x_proj_weight (R + 2N, E), dt_proj_weight (E, R), dt_proj_bias (E), A_log (E, N),
+    D (E).
     """
     i_row = tl.program_id(1)
     i_direction = tl.program_id(2)
     o_channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_channel = o_channel < channels
-    n_own = N + rank + 2
+    n_project_rows = rows + rank + 2
     o_dt_weight = (W + 1 + rows) * channels
     o_A = o_dt_weight + (rank + 1) * channels
-    if i_row < n_own:
-        p_partial = p_scan + (i_direction * n_own + i_row) * channels
-        stride = K * n_own * channels
+    if i_row < N + 1:
+        p_partial = p_scan + (i_direction * (N + 1) + i_row) * channels
+        stride = K * (N + 1) * channels
         n_programs = n_scan
-        if i_row < N:
-            o_gradient = o_A + o_channel * N + i_row
-        elif i_row < N + rank:
-            o_gradient = o_dt_weight + o_channel * rank + i_row - N
-        elif i_row == N + rank:
-            o_gradient = o_dt_weight + rank * channels + o_channel
-        else:
-            o_gradient = o_A + N * channels + o_channel
-    elif i_row < n_own + rows + 1:
-        p_partial = p_project + (i_direction * (rows + 1) + i_row - n_own) * channels
-        stride = K * (rows + 1) * channels
+        o_gradient = o_A + o_channel * N + i_row if i_row < N else o_A + N * channels + o_channel
+    elif i_row < N + 1 + n_project_rows:
+        i_own = i_row - N - 1
+        p_partial = p_project + (i_direction * n_project_rows + i_own) * channels
+        stride = K * n_project_rows * channels
         n_programs = n_project
-        o_gradient = (W + i_row - n_own) * channels + o_channel
+        if i_own < rows + 1:
+            o_gradient = (W + i_own) * channels + o_channel
+        elif i_own < rows + 1 + rank:
+            o_gradient = o_dt_weight + o_channel * rank + i_own - rows - 1
+        else:
+            o_gradient = o_dt_weight + rank * channels + o_channel
     else:
-        i_tap = i_row - n_own - rows - 1
+        i_tap = i_row - N - 1 - n_project_rows
         p_partial = p_convolve + (i_direction * W + i_tap) * channels
         stride = K * W * channels
         n_programs = n_convolve
@@ -272,27 +422,60 @@ def bidirectional_selective_scan_bwd_kernel_finish(
         o_program = i * BLOCK_S + tl.arange(0, BLOCK_S)
         pointers = p_partial + o_program[:, None].to(tl.int64) * stride + o_channel[None, :]
         total += tl.load(pointers, mask=(o_program < n_programs)[:, None] & m_channel[None, :], other=0.0)
-    p_gradient += i_direction * (n_own + rows + 1 + W) * channels
+    p_gradient += i_direction * (N + 1 + n_project_rows + W) * channels
     tl.store(p_gradient + o_gradient, tl.sum(total, axis=0), mask=m_channel)
 
 
-def project_backward(launch, dprojected: Tensor, du: Tensor, dxz: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
+def sum_blocks(launch, dweights: Tensor, draw: Tensor) -> Tensor:
+    """Gradients of the projections (K, B, padded L, row), of those of B, C and step sizes before their softplus."""
+    dprojected = launch.empty(*draw.shape[:3], launch.row)
+    rows = launch.batch * launch.padded
+    bidirectional_selective_scan_bwd_kernel_sum[(triton.cdiv(rows, _SUM_ROWS), launch.directions)](
+        dprojected,
+        dweights,
+        draw,
+        launch.xz,
+        launch.parameters[0][3],
+        launch.parameters[-1][3],
+        rows,
+        dweights.stride(0),
+        dweights.shape[0],
+        launch.channels,
+        launch.rank,
+        N=launch.state,
+        RANK=launch.row - 2 * launch.state,
+        BLOCK_T=_SUM_ROWS,
+        BLOCK_C=max(16, triton.next_power_of_2(triton.cdiv(launch.channels, dweights.shape[0]))),
+        BLOCK_R=max(16, triton.next_power_of_2(launch.rank)),
+        BLOCK_P=max(16, triton.next_power_of_2(2 * launch.state)),
+        PRECISION=launch.precision,
+        num_warps=_SUM_WARPS,
+        num_stages=1,
+    )
+    return dprojected
+
+
+def project_backward(
+    launch, dprojected: Tensor, projected: Tensor, draw: Tensor, du: Tensor, dxz: Tensor, taps: Tensor
+) -> tuple[Tensor, Tensor]:
     """Fill the inputs' half of ``dxz``; partial sums (P, K, rows, E) of both kernels."""
     directions, batch, length, channels = launch.directions, launch.batch, launch.length, launch.channels
     is_narrow = launch.xz.element_size() == 2
     block_tokens, block_channels = _TOKENS, _CHANNELS if is_narrow else 32
     segments = triton.cdiv(length, _PROJECT_TOKENS)
     dconv = launch.empty(directions, batch, length, channels, dtype=launch.xz.dtype)
-    projected = launch.empty(batch * segments, directions, launch.rows + 1, channels)
+    sums = launch.empty(batch * segments, directions, launch.rows + launch.rank + 2, channels)
     constants = dict(W=launch.width, K=directions)
     grid = (triton.cdiv(channels, block_channels), segments, batch * directions)
     bidirectional_selective_scan_bwd_kernel_project[grid](
         launch.xz,
         dprojected,
+        projected,
+        draw,
         du,
         dconv,
         taps,
-        projected,
+        sums,
         launch.parameters[0][2],
         launch.parameters[-1][2],
         length,
@@ -306,6 +489,7 @@ def project_backward(launch, dprojected: Tensor, du: Tensor, dxz: Tensor, taps: 
         BLOCK_T=block_tokens,
         BLOCK_C=block_channels,
         BLOCK_P=max(16, triton.next_power_of_2(launch.row)),
+        BLOCK_R=max(16, triton.next_power_of_2(launch.rank)),
         PRECISION=launch.precision,
         num_warps=_WARPS,
         num_stages=1,
@@ -333,7 +517,7 @@ def project_backward(launch, dprojected: Tensor, du: Tensor, dxz: Tensor, taps: 
         num_stages=1,
         **constants,
     )
-    return projected, convolved
+    return sums, convolved
 
 
 def finish(launch, scanned: Tensor, projected: Tensor, convolved: Tensor) -> Tensor:

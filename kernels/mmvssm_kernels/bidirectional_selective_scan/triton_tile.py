@@ -150,20 +150,25 @@ def in_lanes(tile):
 
 
 @triton.jit
-def state_pointers(p_states, o_state, o_channel, N: tl.constexpr):
+def state_pointers(p_states, o_state, o_channel, N: tl.constexpr, STATES_FIRST: tl.constexpr = False):
     """Pointers to a tile of (E, N).
 
-    The hint gives a lane adjacent states and puts lanes along the last two axes. It is about the order of the axes; a
-    lane's accesses are as wide as the alignment allows, whatever it says.
+    The hint gives a lane adjacent states and puts lanes along the last two axes, of which the one with the larger
+    number comes first: neighbouring lanes have other channels or, ``STATES_FIRST``, other states. It is about the order
+    of the axes; a lane's accesses are as wide as the alignment allows, whatever it says.
     """
-    return tl.max_contiguous(p_states + of_channels(o_channel) * N + of_states(o_state), [16, 1, 1, 4, 8])
+    pointers = p_states + of_channels(o_channel) * N + of_states(o_state)
+    if STATES_FIRST:
+        return tl.max_contiguous(pointers, [16, 1, 1, 8, 4])
+    else:
+        return tl.max_contiguous(pointers, [16, 1, 1, 4, 8])
 
 
 @triton.jit
-def state_rates(p_A_log, o_state, o_channel, m_states, N: tl.constexpr):
+def state_rates(p_A_log, o_state, o_channel, m_states, N: tl.constexpr, STATES_FIRST: tl.constexpr = False):
     """``A log2(e)`` of a tile of states."""
-    A_log = tl.load(state_pointers(p_A_log, o_state, o_channel, N), mask=m_states, other=0.0).to(tl.float32)
-    return -tl.exp2(A_log * LOG2_E) * LOG2_E
+    pointers = state_pointers(p_A_log, o_state, o_channel, N, STATES_FIRST)
+    return -tl.exp2(tl.load(pointers, mask=m_states, other=0.0).to(tl.float32) * LOG2_E) * LOG2_E
 
 
 @triton.jit
@@ -176,29 +181,33 @@ def load_weights(p_row, o_state, N: tl.constexpr):
 
 
 @triton.jit
-def lane_pointers(p_row, o_channel, NL: tl.constexpr):
+def lane_pointers(p_row, o_channel, NL: tl.constexpr, STATES_FIRST: tl.constexpr = False):
     """Pointers (CR, NL, CL) to per-channel values, one for every lane that holds them.
 
     So they have the layout of tiles of states, and nothing is exchanged between lanes.
     """
     shape: tl.constexpr = (o_channel.shape[0], NL, o_channel.shape[1])
-    return tl.max_contiguous(tl.broadcast_to(p_row + o_channel[:, None, :], shape), [16, 4, 8])
+    pointers = tl.broadcast_to(p_row + o_channel[:, None, :], shape)
+    if STATES_FIRST:
+        return tl.max_contiguous(pointers, [16, 8, 4])
+    else:
+        return tl.max_contiguous(pointers, [16, 4, 8])
 
 
 @triton.jit
-def load_of_channels(p_row, o_channel, m_channel, NL: tl.constexpr):
+def load_of_channels(p_row, o_channel, m_channel, NL: tl.constexpr, STATES_FIRST: tl.constexpr = False):
     """Per-channel values (CR, NL, CL), a copy in every lane, zero where masked."""
-    pointers = lane_pointers(p_row, o_channel, NL)
+    pointers = lane_pointers(p_row, o_channel, NL, STATES_FIRST)
     return tl.load(pointers, mask=tl.broadcast_to(m_channel[:, None, :], pointers.shape), other=0.0)
 
 
 @triton.jit
-def store_of_channels(p_row, values, o_channel, m_channel, NL: tl.constexpr):
+def store_of_channels(p_row, values, o_channel, m_channel, NL: tl.constexpr, STATES_FIRST: tl.constexpr = False):
     """Store per-channel values (CR, 1 or NL, CL), from all lanes that hold them.
 
     A predicate for one lane of a channel only would cost a branch.
     """
-    pointers = lane_pointers(p_row, o_channel, NL)
+    pointers = lane_pointers(p_row, o_channel, NL, STATES_FIRST)
     mask = tl.broadcast_to(m_channel[:, None, :], pointers.shape)
     tl.store(pointers, tl.broadcast_to(values, pointers.shape), mask=mask)
 
@@ -222,14 +231,43 @@ def store_weight_sums(p_dB, shares0, shares1, shares2, shares3, STEP: tl.constex
 
 
 @triton.jit
-def store_input_sums(p_q, shares0, shares1, shares2, shares3, KIND: tl.constexpr):
-    """Sums over states of four tokens' shares (CR, NL, CL, 2), in the same way, as two tiles (4, C) ``KIND`` apart."""
-    C: tl.constexpr = shares0.shape[0] * shares0.shape[2]
+def input_sums(shares0, shares1, shares2, shares3, NARROW: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums over states of four tokens' shares (CR, NL, CL, 2), as two tiles (CR, CL, 4).
+
+    Where lanes of a channel are neighbours, their shares lie as a matrix instruction takes its left operand: the
+    product with ones that picks a token and a kind adds them without an exchange, and leaves one token to every lane.
+    Which of its columns a lane holds depends on the loads behind the operand: adjacent pairs if they are ``NARROW``.
+    """
+    CR: tl.constexpr = shares0.shape[0]
     NL: tl.constexpr = shares0.shape[1]
+    CL: tl.constexpr = shares0.shape[2]
     shares = tl.join(tl.join(shares0, shares2), tl.join(shares1, shares3))
-    shares = tl.reshape(tl.permute(shares, (1, 3, 4, 5, 2, 0)), (NL, 8 * C))
-    o_sum = tl.arange(0, 8 * C)
-    tl.store(p_q + o_sum // (4 * C) * KIND + o_sum % (4 * C), tl.sum(detach_layout(shares), axis=0))
+    o_share = tl.arange(0, 8 * NL)
+    if NARROW:
+        shares = tl.permute(shares, (0, 2, 4, 5, 1, 3))
+        o_sum = o_share // (2 * NL) * 2 + o_share % 2
+    else:
+        shares = tl.permute(shares, (0, 2, 4, 5, 3, 1))
+        o_sum = o_share // NL
+    shares = tl.reshape(shares, (CR * CL, 8 * NL))
+    if NL > 1:
+        ones = tl.where(o_sum[:, None] == tl.arange(0, 8)[None, :], 1.0, 0.0)
+        if PRECISION == "tf32x3":
+            # What the matrix unit cuts off goes through it on its own.
+            head = (shares.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            sums = tl.dot(shares - head, ones, tl.dot(head, ones, input_precision="tf32"), input_precision="tf32")
+        else:
+            sums = tl.dot(shares, ones, input_precision=PRECISION)
+    else:
+        sums = shares
+    return tl.split(tl.reshape(sums, (CR, CL, 4, 2)))
+
+
+@triton.jit
+def quarter_pointers(p_rows, o_channel, STEP: tl.constexpr):
+    """Pointers (CR, CL, 4) to four rows ``STEP`` apart, in the layout of :func:`input_sums`."""
+    pointers = p_rows + o_channel[:, :, None] + (tl.arange(0, 4) * STEP)[None, None, :]
+    return tl.max_contiguous(pointers, [16, 4, 8])
 
 
 @triton.jit

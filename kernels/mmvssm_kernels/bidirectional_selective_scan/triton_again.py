@@ -1,0 +1,199 @@
+"""Vim's inner block, Triton backward pass: what its scans read, for all tokens at once.
+
+Inputs and step sizes of both directions are made again from the projections that the forward pass kept, and the
+gradient of the scans' results from the gate, whose own gradient is finished here.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..selective_scan.triton_tile import detach_layout
+from ..triton_scan import sigmoid, softplus
+from .op import TILE
+from .triton_tile import block_channels, convolve, load_rows, load_step_weight, load_vector, silu, split_dot
+
+# Channels and warps of a program, which owns a tile of tokens.
+_CHANNELS = 64
+_WARPS = 4
+# Models of fewer channels keep inputs and step sizes in float32: their sums are too short for roundings to cancel.
+_NARROW_CHANNELS = 64
+
+
+@triton.jit
+def _direction(
+    p_u,
+    p_dt,
+    p_x,
+    p_taps,
+    p_projected,
+    p_dt_weight,
+    p_dt_bias,
+    o_token,
+    o_scan,
+    length,
+    o_channel,
+    m_channel,
+    channels: tl.constexpr,
+    rank,
+    stride_token,
+    W: tl.constexpr,
+    ROW: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Store inputs and step sizes of one direction; pointers are at the sequence."""
+    o_rank = tl.arange(0, BLOCK_R)
+    weight = load_step_weight(p_dt_weight, o_channel, m_channel, rank, BLOCK_R, p_x.dtype.element_ty)
+    low_rank = tl.load(p_projected + o_scan[:, None] * ROW + o_rank[None, :], mask=(o_rank < rank)[None, :], other=0.0)
+    raw = split_dot(low_rank, weight, tl.zeros((o_token.shape[0], o_channel.shape[0]), tl.float32), PRECISION)
+    raw = tl.reshape(detach_layout(raw[None, :, :]), raw.shape)  # else what follows gets the layout of the product
+    raw += load_vector(p_dt_bias, o_channel, m_channel)[None, :]
+    conv = convolve(p_x, p_taps, o_token, length, o_channel, m_channel, channels, stride_token, REVERSE, W)
+    o_tile = o_token[:, None] * channels + o_channel[None, :]
+    tl.store(p_u + o_tile, silu(conv).to(p_u.dtype.element_ty), mask=m_channel[None, :])
+    SHORT: tl.constexpr = p_dt.dtype.element_ty != tl.float32
+    tl.store(p_dt + o_tile, softplus(raw, SHORT).to(p_dt.dtype.element_ty), mask=m_channel[None, :])
+
+
+@triton.jit(do_not_specialize=["scale", "length", "n_padded"])
+def bidirectional_selective_scan_bwd_kernel_again(
+    p_xz,
+    p_dout,
+    p_projected,
+    p_taps,
+    p_y,
+    p_u,
+    p_dt,
+    p_w,
+    p_dxz,
+    p_dt_weight,
+    p_dt_bias,
+    p_dt_weight_b,
+    p_dt_bias_b,
+    scale,
+    length,
+    channels: tl.constexpr,
+    rank,
+    n_padded,
+    stride_x_batch,
+    stride_x_token,
+    stride_dout_batch,
+    stride_dout_token,
+    W: tl.constexpr,
+    ROW: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Inputs and step sizes (K, B, padded L, E), gradient of the scans' results (B, padded L, E), half of dxz."""
+    o_channel, m_channel = block_channels(tl.program_id(0), channels, BLOCK_C)
+    i_batch = tl.program_id(2).to(tl.int64)
+    i_other = tl.num_programs(2) + i_batch
+    o_token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_token = o_token < length
+    p_x = p_xz + i_batch * stride_x_batch
+    z = load_rows(p_x + channels, o_token, m_token, o_channel, m_channel, stride_x_token)
+    p_dout += i_batch * stride_dout_batch
+    dout = scale * load_rows(p_dout, o_token, m_token, o_channel, m_channel, stride_dout_token)
+    y = load_rows(p_y + i_batch * n_padded * channels, o_token, m_token, o_channel, m_channel, channels)
+    gate = sigmoid(z)
+    o_tile = o_token[:, None] * channels + o_channel[None, :]
+    tl.store(p_w + i_batch * n_padded * channels + o_tile, dout * z * gate, mask=m_channel[None, :])
+    dz = dout * y * gate * (1.0 + z * (1.0 - gate))
+    p_dz = p_dxz + i_batch * length * 2 * channels + channels
+    p_dz += o_token[:, None] * (2 * channels) + o_channel[None, :]
+    tl.store(p_dz, dz.to(p_dxz.dtype.element_ty), mask=m_token[:, None] & m_channel[None, :])
+    _direction(
+        p_u + i_batch * n_padded * channels,
+        p_dt + i_batch * n_padded * channels,
+        p_x,
+        p_taps,
+        p_projected + i_batch * n_padded * ROW,
+        p_dt_weight,
+        p_dt_bias,
+        o_token,
+        o_token,
+        length,
+        o_channel,
+        m_channel,
+        channels,
+        rank,
+        stride_x_token,
+        W,
+        ROW,
+        False,
+        BLOCK_R,
+        PRECISION,
+    )
+    if K == 2:
+        _direction(
+            p_u + i_other * n_padded * channels,
+            p_dt + i_other * n_padded * channels,
+            p_x,
+            p_taps + (W + 1) * channels,
+            p_projected + i_other * n_padded * ROW,
+            p_dt_weight_b,
+            p_dt_bias_b,
+            o_token,
+            n_padded - 1 - o_token,
+            length,
+            o_channel,
+            m_channel,
+            channels,
+            rank,
+            stride_x_token,
+            W,
+            ROW,
+            True,
+            BLOCK_R,
+            PRECISION,
+        )
+
+
+def scan_inputs(
+    launch, dout: Tensor, scale: float, projected: Tensor, taps: Tensor, y: Tensor, dxz: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs and step sizes (K, B, padded L, E) and float32 gradient of the scans' results (B, padded L, E).
+
+    Fills the gate's half of ``dxz``.
+    """
+    sizes = (launch.batch, launch.padded, launch.channels)
+    dtype = launch.xz.dtype if launch.channels >= _NARROW_CHANNELS else projected.dtype
+    u, dt = (launch.empty(launch.directions, *sizes, dtype=dtype) for _ in range(2))
+    w = launch.empty(*sizes)
+    members = [p[3:5] for p in launch.parameters]
+    grid = (triton.cdiv(launch.channels, _CHANNELS), launch.tiles, launch.batch)
+    bidirectional_selective_scan_bwd_kernel_again[grid](
+        launch.xz,
+        dout,
+        projected,
+        taps,
+        y,
+        u,
+        dt,
+        w,
+        dxz,
+        *members[0],
+        *members[-1],
+        scale,
+        launch.length,
+        launch.channels,
+        launch.rank,
+        launch.padded,
+        *launch.xz.stride()[:2],
+        *dout.stride()[:2],
+        W=launch.width,
+        ROW=launch.row,
+        K=launch.directions,
+        BLOCK_T=TILE,
+        BLOCK_C=_CHANNELS,
+        BLOCK_R=max(16, triton.next_power_of_2(launch.rank)),
+        PRECISION=launch.precision,
+        num_warps=_WARPS,
+        num_stages=1,
+    )
+    return u, dt, w
