@@ -16,7 +16,7 @@ from .triton_tile import block_channels, convolve, load_rows, load_step_weight, 
 # Channels and warps of a program, which owns a tile of tokens.
 _CHANNELS = 64
 _WARPS = 4
-# Models of fewer channels keep inputs and step sizes in float32: their sums are too short for roundings to cancel.
+# With fewer channels, inputs, step sizes and their gradients are float32: sums are too short for roundings to cancel.
 _NARROW_CHANNELS = 64
 
 

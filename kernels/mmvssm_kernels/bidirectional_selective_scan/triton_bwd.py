@@ -7,6 +7,7 @@ again and stay in registers while the gradients walk back over them. What has to
 partial sums, added in a fixed order: two runs agree bit for bit.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -84,6 +85,52 @@ def _summarize(flow, steps, rate, p_dt, p_w, p_C, o_owned, m_owned, o_state, N: 
     w = _load_channels(p_w, o_owned, m_owned, o_state)
     flow = tl.exp2(of_lanes(dt) * rate) * (flow + of_lanes(w) * of_states(load_weights(p_C, o_state, N)))
     return flow, steps + dt
+
+
+@triton.jit
+def _touch_rows(
+    p_rows, i_tile, o_first, channels: tl.constexpr, STEP: tl.constexpr, T: tl.constexpr, C: tl.constexpr
+):
+    """One value of every 32 bytes of a tile of rows."""
+    VALUES: tl.constexpr = 256 // p_rows.dtype.element_ty.primitive_bitwidth
+    o_touched = o_first + tl.arange(0, max(1, C // VALUES)) * VALUES
+    p_tile = p_rows + i_tile * T * STEP + tl.arange(0, T)[:, None] * STEP + o_touched[None, :]
+    return tl.load(p_tile, mask=tl.broadcast_to(o_touched[None, :] < channels, p_tile.shape), other=0.0)
+
+
+@triton.jit
+def _touch(
+    p_dt,
+    p_u,
+    p_w,
+    p_projected,
+    p_border,
+    i_tile,
+    o_block,
+    channels: tl.constexpr,
+    N: tl.constexpr,
+    ROW: tl.constexpr,
+    STEP: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+    NS: tl.constexpr,
+    SUMMARY: tl.constexpr,
+):
+    """Values of a tile from all over memory that is read when it is walked, so that the cache has it by then."""
+    o_first = o_block // N
+    dt = _touch_rows(p_dt, i_tile, o_first, channels, STEP, T, C)
+    w = _touch_rows(p_w, i_tile, o_first, channels, STEP, T, C)
+    o_weight = tl.arange(0, max(1, NS // 4))[None, :] * 8
+    p_weights = p_projected + (i_tile * T + tl.arange(0, T))[:, None] * ROW + o_weight
+    weights = tl.load(p_weights, mask=tl.broadcast_to(o_weight < 2 * N, p_weights.shape), other=0.0)
+    if SUMMARY:
+        return dt, w, weights
+    else:
+        u = _touch_rows(p_u, i_tile, o_first, channels, STEP, T, C)
+        o_state = o_block + tl.arange(0, max(1, NS * C // 8)) * 8
+        p_states = p_border + (i_tile.to(tl.int64) - 1) * N * channels + o_state
+        states = tl.load(p_states, mask=(o_state < channels * N) & (i_tile > 0), other=0.0)
+        return dt, w, weights, u, states
 
 
 @triton.jit
@@ -166,10 +213,15 @@ def _walk(
     steps = tl.zeros((CR, NL, CL), tl.float32)
     dskip = tl.zeros((CR, CL, 4), tl.float32)
     m_quarter = tl.broadcast_to(m_owned[:, :, None], dskip.shape)
+    NS: tl.constexpr = NR * NG * NL
+    i_next = i_first + n_own - 1
+    seen = _touch(p_dt, p_u, p_w, p_projected, p_border, i_next, o_block, channels, N, ROW, STEP, T, C, NS, SUMMARY)
     for i in range(n_own):
         i_tile = i_first + n_own - 1 - i
         o_tile = i_tile * T * STEP
         p_B = p_projected + i_tile * T * ROW
+        i_next = tl.maximum(i_tile - 1, i_first)
+        seen = _touch(p_dt, p_u, p_w, p_projected, p_border, i_next, o_block, channels, N, ROW, STEP, T, C, NS, SUMMARY)
         if SUMMARY:
             for j in range(0, T, 4):
                 k = T - 1 - j
@@ -202,9 +254,7 @@ def _walk(
                 p_v = p_u + o_group
                 p_a = p_w + o_group
                 p_b = p_B + j * ROW
-                p_from = tl.where(j > 0, p_enter + (j // 4 - 1) * (N * C), p_kept)
-                m_from = m_states & ((j > 0) | (i_tile > 0))
-                h0 = tl.load(state_pointers(p_from, o_state, o_owned, N, True), mask=m_from, other=0.0)
+                h0 = state
                 dt0, v0, a0, h1 = _forward(h0, rate, p_t, p_v, p_b, o_owned, m_owned, o_state, N)
                 p_t += STEP
                 p_v += STEP
@@ -227,6 +277,11 @@ def _walk(
                 flow, dA, s2, r2 = _backward(
                     flow, dA, h2, h3, a2, dt2, v2, rate, p_a, p_b, o_owned, m_owned, o_state, N
                 )
+                # The state that enters the group before this one is loaded ahead.
+                p_from = tl.where(j > 4, p_enter + (j // 4 - 2) * (N * C), p_kept)
+                m_from = m_states & ((j > 4) | ((j > 0) & (i_tile > 0)))
+                state = tl.load(state_pointers(p_from, o_state, o_owned, N, True), mask=m_from, other=0.0)
+                tl.debug_barrier()  # otherwise the compiler moves the load to where its result is used
                 p_a -= STEP
                 p_b -= ROW
                 flow, dA, s1, r1 = _backward(
@@ -244,10 +299,14 @@ def _walk(
                 skip = tl.load(p_skip + o_owned, mask=m_owned, other=0.0).to(tl.float32)[:, :, None]
                 dskip += u * w
                 p_to = quarter_pointers(p_du + o_group, o_owned, STEP)
-                tl.store(p_to, dt * q + skip * w, mask=m_quarter)
+                tl.store(p_to, (dt * q + skip * w).to(p_du.dtype.element_ty), mask=m_quarter)
                 p_to = quarter_pointers(p_draw + o_group, o_owned, STEP)
-                tl.store(p_to, (u * q + LN_2 * r) * softplus_slope(dt), mask=m_quarter)
+                draw = (u * q + LN_2 * r) * softplus_slope(dt)
+                tl.store(p_to, draw.to(p_draw.dtype.element_ty), mask=m_quarter)
                 store_weight_sums(p_dweights + (i_tile * T + j) * WEIGHTS, s0, s1, s2, s3, WEIGHTS, N)
+    # Otherwise the compiler would leave out the loads. The scratch has no other use any more.
+    for k in tl.static_range(len(seen)):
+        tl.store(p_enter + o_block + tl.arange(0, seen[k].numel), tl.reshape(seen[k], (seen[k].numel,)).to(tl.float32))
     if SUMMARY:
         p_to = state_pointers(p_summary + i_back * N * channels, o_state, o_owned, N, True)
         tl.store(p_to, flow, mask=m_states)
@@ -386,8 +445,7 @@ def bidirectional_backward(
     summary, steps = launch.summaries(segments)
     block, tile = constants["CR"] * constants["CL"], constants["T"]
     enter = launch.empty(grid[0] * grid[1] * grid[2], tile // 4 - 1, block, launch.state)
-    # In float32: roundings of du and of the low-rank values are what small models' gradients suffer from.
-    du, draw = (launch.empty(directions, batch, launch.padded, channels) for _ in range(2))
+    du, draw = (torch.empty_like(u) for _ in range(2))
     dweights = launch.empty(grid[0], directions, batch, launch.padded, 2 * launch.state)
     partial = launch.empty(batch * segments, directions, launch.state + 1, channels)
     members = [p[5:] for p in launch.parameters]

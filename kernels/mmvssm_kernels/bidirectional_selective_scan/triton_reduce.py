@@ -13,7 +13,7 @@ from torch import Tensor
 from ..selective_scan.triton_tile import detach_layout
 from ..triton_scan import sigmoid
 from .triton_launch import register_limit
-from .triton_tile import block_channels, convolve, load_rows, load_vector, split_both_dot, split_dot
+from .triton_tile import block_channels, convolve, load_narrow_rows, load_rows, load_vector, split_both_dot, split_dot
 
 # Rows and warps of a program of the first kernel.
 _SUM_ROWS = 32
@@ -48,8 +48,12 @@ def _sum_rows(
     BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    o_row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    m_row = o_row < n_rows
+    i_first = tl.program_id(0).to(tl.int64) * BLOCK_T
+    p_dprojected += i_first * (RANK + 2 * N)
+    p_dweights += i_first * (2 * N)
+    p_draw += i_first * channels
+    o_row = tl.arange(0, BLOCK_T)
+    m_row = o_row < n_rows - i_first
     o_rank = tl.arange(0, BLOCK_R)
     o_weight = tl.arange(0, BLOCK_P)
     m_weight = m_row[:, None] & (o_weight < 2 * N)[None, :]
@@ -60,7 +64,7 @@ def _sum_rows(
         o_channel, m_channel = block_channels(i, channels, BLOCK_C)
         weights += tl.load(p_weights, mask=m_weight, other=0.0)
         p_weights += n_copy
-        draw = load_rows(p_draw, o_row, m_row, o_channel, m_channel, channels)
+        draw = load_narrow_rows(p_draw, o_row, m_row, o_channel, m_channel, channels)
         p_weight = p_dt_weight + o_channel[:, None] * rank + o_rank[None, :]
         weight = tl.load(p_weight, mask=m_channel[:, None] & (o_rank < rank)[None, :], other=0.0)
         low_rank = split_dot(draw, weight.to(narrow), low_rank, PRECISION)
@@ -181,18 +185,19 @@ def _unproject(
     dbias = tl.zeros((BLOCK_C,), tl.float32)
     o_rank = tl.arange(0, BLOCK_R)
     dt_dweight = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    dt_dbias = tl.zeros((BLOCK_C,), tl.float32)
     for i in range(n_blocks):
         o_token = (tl.program_id(1) * n_blocks + i) * BLOCK_T + tl.arange(0, BLOCK_T)
         m_token = o_token < length
         p_rows = p_dprojected + o_token[:, None] * ROW + o_row[None, :]
         dprojected = tl.load(p_rows, mask=m_token[:, None] & m_row[None, :], other=0.0)
         du = load_rows(p_du, o_token, m_token, o_channel, m_channel, channels)
-        draw = load_rows(p_draw, o_token, m_token, o_channel, m_channel, channels)
+        draw = load_narrow_rows(p_draw, o_token, m_token, o_channel, m_channel, channels)
         # The projections were kept in scan order.
         o_scan = n_padded - 1 - o_token if REVERSE else o_token
         m_low = m_token[:, None] & (o_rank < rank)[None, :]
         low_rank = tl.load(p_projected + o_scan[:, None] * ROW + o_rank[None, :], mask=m_low, other=0.0)
+        # A value of one behind the last makes the gradient of the bias another row of the weight's.
+        low_rank = tl.where((o_rank == rank)[None, :], 1.0, low_rank)
         # Detached from the layout of the product, in which the convolution would be computed once more.
         through = split_dot(dprojected, weight, tl.zeros(du.shape, tl.float32), PRECISION)
         du += tl.reshape(detach_layout(through[None, :, :]), du.shape)
@@ -204,14 +209,12 @@ def _unproject(
         tl.store(p_tile, dconv.to(p_dconv.dtype.element_ty), mask=m_token[:, None] & m_channel[None, :])
         dbias += tl.sum(dconv, axis=0)
         dweight = split_dot(tl.trans(dprojected), u, dweight, PRECISION)
-        dt_dbias += tl.sum(draw, axis=0)
         dt_dweight = split_both_dot(tl.trans(low_rank), draw, dt_dweight, narrow, PRECISION)
     tl.store(p_partial + o_channel, dbias, mask=m_channel)
     tl.store(p_partial + channels + o_x_weight, dweight, mask=m_weight)
     p_partial += (rank + 2 * N + 1) * channels
     o_dt_weight = o_rank[:, None] * channels + o_channel[None, :]
-    tl.store(p_partial + o_dt_weight, dt_dweight, mask=(o_rank < rank)[:, None] & m_channel[None, :])
-    tl.store(p_partial + rank * channels + o_channel, dt_dbias, mask=m_channel)
+    tl.store(p_partial + o_dt_weight, dt_dweight, mask=(o_rank <= rank)[:, None] & m_channel[None, :])
 
 
 @triton.jit(do_not_specialize=["length", "n_padded", "n_blocks"])
@@ -489,7 +492,7 @@ def project_backward(
         BLOCK_T=block_tokens,
         BLOCK_C=block_channels,
         BLOCK_P=max(16, triton.next_power_of_2(launch.row)),
-        BLOCK_R=max(16, triton.next_power_of_2(launch.rank)),
+        BLOCK_R=max(16, triton.next_power_of_2(launch.rank + 1)),
         PRECISION=launch.precision,
         num_warps=_WARPS,
         num_stages=1,

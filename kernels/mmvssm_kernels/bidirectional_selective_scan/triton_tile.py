@@ -37,11 +37,17 @@ def load_vector(p_vector, o_channel, m_channel):
 
 
 @triton.jit
-def load_rows(p_rows, o_row, m_row, o_channel, m_channel, stride_row):
-    """Tile (T, C) in float32, zero where masked."""
+def load_narrow_rows(p_rows, o_row, m_row, o_channel, m_channel, stride_row):
+    """Tile (T, C) in its own dtype, zero where masked."""
     return tl.load(
         p_rows + o_row[:, None] * stride_row + o_channel[None, :], mask=m_row[:, None] & m_channel[None, :], other=0.0
-    ).to(tl.float32)
+    )
+
+
+@triton.jit
+def load_rows(p_rows, o_row, m_row, o_channel, m_channel, stride_row):
+    """Tile (T, C) in float32, zero where masked."""
+    return load_narrow_rows(p_rows, o_row, m_row, o_channel, m_channel, stride_row).to(tl.float32)
 
 
 @triton.jit
@@ -64,11 +70,11 @@ def load_step_weight(p_weight, o_channel, m_channel, rank, BLOCK_R: tl.constexpr
 
 @triton.jit
 def split_dot(left, right, total, PRECISION: tl.constexpr):
-    """``total + left right`` for float32 ``left``, as exact as ``right``, which has 16 bits or is float32.
+    """``total + left right``, as exact as ``right``, which has 16 bits or is float32.
 
-    16-bit operands are the fast ones, so ``left`` becomes the sum of two of them.
+    16-bit operands are the fast ones, so a float32 ``left`` becomes the sum of two of them.
     """
-    if right.dtype == tl.float32:
+    if left.dtype == right.dtype:
         return tl.dot(left, right, total, input_precision=PRECISION)
     else:
         head = left.to(right.dtype)
@@ -78,8 +84,10 @@ def split_dot(left, right, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def split_both_dot(left, right, total, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """``total + left right`` for two float32 operands, from products of ``dtype`` if that has 16 bits."""
-    if dtype == tl.float32:
+    """``total + left right`` for float32 ``left``, from products of ``dtype`` if that has 16 bits."""
+    if right.dtype == dtype:
+        return split_dot(left, right, total, PRECISION)
+    elif dtype == tl.float32:
         return tl.dot(left, right, total, input_precision=PRECISION)
     else:
         head = right.to(dtype)
@@ -227,6 +235,8 @@ def store_weight_sums(p_dB, shares0, shares1, shares2, shares3, STEP: tl.constex
     o_sum = tl.arange(0, 8 * S)
     o_state = o_sum % S
     pointers = p_dB + o_sum // (2 * S) * STEP + o_sum // S % 2 * N + o_state
+    # Lanes have the values as they were added, one by one: as vectors they would be exchanged again.
+    pointers = tl.max_contiguous(pointers, [1])
     tl.store(pointers, sums, mask=(o_state < N) | (S == N))
 
 
@@ -241,14 +251,15 @@ def input_sums(shares0, shares1, shares2, shares3, NARROW: tl.constexpr, PRECISI
     CR: tl.constexpr = shares0.shape[0]
     NL: tl.constexpr = shares0.shape[1]
     CL: tl.constexpr = shares0.shape[2]
-    shares = tl.join(tl.join(shares0, shares2), tl.join(shares1, shares3))
+    # The last token first, whose shares are there first.
+    shares = tl.join(tl.join(shares3, shares1), tl.join(shares2, shares0))
     o_share = tl.arange(0, 8 * NL)
     if NARROW:
         shares = tl.permute(shares, (0, 2, 4, 5, 1, 3))
-        o_sum = o_share // (2 * NL) * 2 + o_share % 2
+        o_sum = 6 - o_share // (2 * NL) * 2 + o_share % 2
     else:
         shares = tl.permute(shares, (0, 2, 4, 5, 3, 1))
-        o_sum = o_share // NL
+        o_sum = 6 - o_share // (2 * NL) * 2 + o_share // NL % 2
     shares = tl.reshape(shares, (CR * CL, 8 * NL))
     if NL > 1:
         ones = tl.where(o_sum[:, None] == tl.arange(0, 8)[None, :], 1.0, 0.0)
@@ -259,7 +270,7 @@ def input_sums(shares0, shares1, shares2, shares3, NARROW: tl.constexpr, PRECISI
         else:
             sums = tl.dot(shares, ones, input_precision=PRECISION)
     else:
-        sums = shares
+        sums = tl.reshape(tl.flip(tl.reshape(shares, (CR * CL, 4, 2)), 1), (CR * CL, 8))
     return tl.split(tl.reshape(sums, (CR, CL, 4, 2)))
 
 
