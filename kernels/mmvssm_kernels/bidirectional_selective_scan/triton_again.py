@@ -1,7 +1,8 @@
 """Vim's inner block, Triton backward pass: what its scans read, for all tokens at once.
 
 Inputs and step sizes of both directions are made again from the projections that the forward pass kept, and the
-gradient of the scans' results from the gate, whose own gradient is finished here.
+gradient of the scans' results from the gate, whose own gradient is finished here. What the slope of the SiLU is for the
+way back through the convolutions is known here too.
 """
 
 import triton
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..selective_scan.triton_tile import detach_layout
 from ..triton_scan import sigmoid, softplus
 from .op import TILE
-from .triton_tile import block_channels, convolve, load_rows, load_step_weight, load_vector, silu, split_dot
+from .triton_tile import block_channels, convolve, load_rows, load_step_weight, load_vector, split_dot
 
 # Channels and warps of a program, which owns a tile of tokens.
 _CHANNELS = 64
@@ -23,6 +24,7 @@ _NARROW_CHANNELS = 64
 @triton.jit
 def _direction(
     p_u,
+    p_slope,
     p_dt,
     p_x,
     p_taps,
@@ -43,7 +45,7 @@ def _direction(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Store inputs and step sizes of one direction; pointers are at the sequence."""
+    """Store inputs, slopes of their SiLU and step sizes of one direction; pointers are at the sequence."""
     o_rank = tl.arange(0, BLOCK_R)
     weight = load_step_weight(p_dt_weight, o_channel, m_channel, rank, BLOCK_R, p_x.dtype.element_ty)
     low_rank = tl.load(p_projected + o_scan[:, None] * ROW + o_rank[None, :], mask=(o_rank < rank)[None, :], other=0.0)
@@ -52,7 +54,11 @@ def _direction(
     raw += load_vector(p_dt_bias, o_channel, m_channel)[None, :]
     conv = convolve(p_x, p_taps, o_token, length, o_channel, m_channel, channels, stride_token, REVERSE, W)
     o_tile = o_token[:, None] * channels + o_channel[None, :]
-    tl.store(p_u + o_tile, silu(conv).to(p_u.dtype.element_ty), mask=m_channel[None, :])
+    gate = sigmoid(conv)
+    u = tl.where((o_token < length)[:, None], conv * gate, 0.0)
+    slope = gate * (1.0 + conv * (1.0 - gate))
+    tl.store(p_u + o_tile, u.to(p_u.dtype.element_ty), mask=m_channel[None, :])
+    tl.store(p_slope + o_tile, slope.to(p_slope.dtype.element_ty), mask=m_channel[None, :])
     SHORT: tl.constexpr = p_dt.dtype.element_ty != tl.float32
     tl.store(p_dt + o_tile, softplus(raw, SHORT).to(p_dt.dtype.element_ty), mask=m_channel[None, :])
 
@@ -65,6 +71,7 @@ def bidirectional_selective_scan_bwd_kernel_again(
     p_taps,
     p_y,
     p_u,
+    p_slope,
     p_dt,
     p_w,
     p_dxz,
@@ -89,7 +96,7 @@ def bidirectional_selective_scan_bwd_kernel_again(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Inputs and step sizes (K, B, padded L, E), gradient of the scans' results (B, padded L, E), half of dxz."""
+    """What :func:`scan_inputs` returns, and the gate's half of dxz."""
     o_channel, m_channel = block_channels(tl.program_id(0), channels, BLOCK_C)
     i_batch = tl.program_id(2).to(tl.int64)
     i_other = tl.num_programs(2) + i_batch
@@ -109,6 +116,7 @@ def bidirectional_selective_scan_bwd_kernel_again(
     tl.store(p_dz, dz.to(p_dxz.dtype.element_ty), mask=m_token[:, None] & m_channel[None, :])
     _direction(
         p_u + i_batch * n_padded * channels,
+        p_slope + i_batch * n_padded * channels,
         p_dt + i_batch * n_padded * channels,
         p_x,
         p_taps,
@@ -132,6 +140,7 @@ def bidirectional_selective_scan_bwd_kernel_again(
     if K == 2:
         _direction(
             p_u + i_other * n_padded * channels,
+            p_slope + i_other * n_padded * channels,
             p_dt + i_other * n_padded * channels,
             p_x,
             p_taps + (W + 1) * channels,
@@ -156,14 +165,14 @@ def bidirectional_selective_scan_bwd_kernel_again(
 
 def scan_inputs(
     launch, dout: Tensor, scale: float, projected: Tensor, taps: Tensor, y: Tensor, dxz: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs and step sizes (K, B, padded L, E) and float32 gradient of the scans' results (B, padded L, E).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs, slopes of their SiLU and step sizes (K, B, padded L, E); float32 gradient of the sum (B, padded L, E).
 
     Fills the gate's half of ``dxz``.
     """
     sizes = (launch.batch, launch.padded, launch.channels)
     dtype = launch.xz.dtype if launch.channels >= _NARROW_CHANNELS else projected.dtype
-    u, dt = (launch.empty(launch.directions, *sizes, dtype=dtype) for _ in range(2))
+    u, slope, dt = (launch.empty(launch.directions, *sizes, dtype=dtype) for _ in range(3))
     w = launch.empty(*sizes)
     members = [p[3:5] for p in launch.parameters]
     grid = (triton.cdiv(launch.channels, _CHANNELS), launch.tiles, launch.batch)
@@ -174,6 +183,7 @@ def scan_inputs(
         taps,
         y,
         u,
+        slope,
         dt,
         w,
         dxz,
@@ -196,4 +206,4 @@ def scan_inputs(
         num_warps=_WARPS,
         num_stages=1,
     )
-    return u, dt, w
+    return u, slope, dt, w

@@ -88,9 +88,7 @@ def _summarize(flow, steps, rate, p_dt, p_w, p_C, o_owned, m_owned, o_state, N: 
 
 
 @triton.jit
-def _touch_rows(
-    p_rows, i_tile, o_first, channels: tl.constexpr, STEP: tl.constexpr, T: tl.constexpr, C: tl.constexpr
-):
+def _touch_rows(p_rows, i_tile, o_first, channels: tl.constexpr, STEP: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
     """One value of every 32 bytes of a tile of rows."""
     VALUES: tl.constexpr = 256 // p_rows.dtype.element_ty.primitive_bitwidth
     o_touched = o_first + tl.arange(0, max(1, C // VALUES)) * VALUES
@@ -438,7 +436,7 @@ def bidirectional_backward(
     launch = Launch(xz, parameters)
     batch, channels, directions = launch.batch, launch.channels, launch.directions
     dxz = launch.empty(batch, launch.length, 2 * channels, dtype=xz.dtype)
-    u, dt, w = scan_inputs(launch, adjacent_channels(dout), scale, projected, taps, sums, dxz)
+    u, slope, dt, w = scan_inputs(launch, adjacent_channels(dout), scale, projected, taps, sums, dxz)
     grid, n_tiles, segments, constants = launch.plan(
         _OWN_CHANNELS, _STATE_LANES, _MAX_REGISTERS, _ENOUGH_PROGRAMS, directions
     )
@@ -459,4 +457,4 @@ def bidirectional_backward(
         carry(launch, summary, steps)
     bidirectional_selective_scan_bwd_kernel_scan[grid](*arguments, SUMMARY=False, **constants)
     dprojected = sum_blocks(launch, dweights, draw)
-    return dxz, finish(launch, partial, *project_backward(launch, dprojected, projected, draw, du, dxz, taps))
+    return dxz, finish(launch, partial, *project_backward(launch, dprojected, projected, u, slope, draw, du, dxz, taps))

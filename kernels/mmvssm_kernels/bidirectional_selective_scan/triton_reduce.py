@@ -6,14 +6,14 @@ the scan and takes it back through the SiLU; the third goes through the convolut
 what the programs of all kernels left as partial sums, in a fixed order.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..selective_scan.triton_tile import detach_layout
-from ..triton_scan import sigmoid
 from .triton_launch import register_limit
-from .triton_tile import block_channels, convolve, load_narrow_rows, load_rows, load_vector, split_both_dot, split_dot
+from .triton_tile import block_channels, load_narrow_rows, load_rows, load_vector, split_both_dot, split_dot
 
 # Rows and warps of a program of the first kernel.
 _SUM_ROWS = 32
@@ -21,6 +21,10 @@ _SUM_WARPS = 2
 # Tokens of a program of the second and of the third kernel.
 _PROJECT_TOKENS = 256
 _CONVOLVE_TOKENS = 32
+_CONVOLVE_CHANNELS = 128
+# Channels and programs' sums of a step of the last kernel.
+_FINISH_CHANNELS = 32
+_FINISH_ROWS = 256
 # Of the second kernel: tokens and channels of a step (fewer for float32), warps, and registers of a thread.
 _TOKENS = 32
 _CHANNELS = 64
@@ -29,12 +33,29 @@ _REGISTERS = 255
 
 
 @triton.jit
+def _store_parts(pointers, values, mask, n_part, dtype: tl.constexpr):
+    """Store a tile in ``dtype`` and, if that has 16 bits, ``n_part`` values behind it what is missing."""
+    head = values.to(dtype)
+    tl.store(pointers, head, mask=mask)
+    if dtype != tl.float32:
+        tl.store(pointers + n_part, (values - head.to(tl.float32)).to(dtype), mask=mask)
+
+
+@triton.jit
+def _parts_dot(head, tail, right, total, PRECISION: tl.constexpr):
+    """``total + (head + tail) right``; without ``tail`` for float32."""
+    if right.dtype != tl.float32:
+        total = tl.dot(tail, right, total)
+    return tl.dot(head, right, total, input_precision=PRECISION)
+
+
+@triton.jit
 def _sum_rows(
     p_dprojected,
     p_dweights,
     p_draw,
     p_dt_weight,
-    narrow: tl.constexpr,
+    n_part,
     n_rows,
     n_copy,
     n_blocks,
@@ -58,6 +79,7 @@ def _sum_rows(
     o_weight = tl.arange(0, BLOCK_P)
     m_weight = m_row[:, None] & (o_weight < 2 * N)[None, :]
     p_weights = p_dweights + o_row[:, None] * (2 * N) + o_weight[None, :]
+    narrow = p_dprojected.dtype.element_ty
     weights = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
     low_rank = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     for i in range(n_blocks):
@@ -69,8 +91,9 @@ def _sum_rows(
         weight = tl.load(p_weight, mask=m_channel[:, None] & (o_rank < rank)[None, :], other=0.0)
         low_rank = split_dot(draw, weight.to(narrow), low_rank, PRECISION)
     p_rows = p_dprojected + o_row[:, None] * (RANK + 2 * N)
-    tl.store(p_rows + o_rank[None, :], low_rank, mask=m_row[:, None] & (o_rank < rank)[None, :])
-    tl.store(p_rows + RANK + o_weight[None, :], weights, mask=m_weight)
+    m_rank = m_row[:, None] & (o_rank < RANK)[None, :]  # zeros behind the rank
+    _store_parts(p_rows + o_rank[None, :], low_rank, m_rank, n_part, narrow)
+    _store_parts(p_rows + RANK + o_weight[None, :], weights, m_weight, n_part, narrow)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_copy"])
@@ -78,7 +101,6 @@ def bidirectional_selective_scan_bwd_kernel_sum(
     p_dprojected,
     p_dweights,
     p_draw,
-    p_x,
     p_dt_weight,
     p_dt_weight_b,
     n_rows,
@@ -94,11 +116,9 @@ def bidirectional_selective_scan_bwd_kernel_sum(
     BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of the projections (K, B L, row), of dweights (channel blocks, K, B L, 2N) and draw (K, B L, E).
-
-    ``p_x`` says which dtype the products have.
-    """
+    """Gradients of the projections (parts, K, B L, row), of dweights (blocks, K, B L, 2N) and draw (K, B L, E)."""
     i_direction = tl.program_id(1).to(tl.int64)
+    n_part = tl.num_programs(1).to(tl.int64) * n_rows * (RANK + 2 * N)
     p_dprojected += i_direction * n_rows * (RANK + 2 * N)
     p_dweights += i_direction * n_rows * (2 * N)
     p_draw += i_direction * n_rows * channels
@@ -108,7 +128,7 @@ def bidirectional_selective_scan_bwd_kernel_sum(
             p_dweights,
             p_draw,
             p_dt_weight,
-            p_x.dtype.element_ty,
+            n_part,
             n_rows,
             n_copy,
             n_blocks,
@@ -128,7 +148,7 @@ def bidirectional_selective_scan_bwd_kernel_sum(
             p_dweights,
             p_draw,
             p_dt_weight_b,
-            p_x.dtype.element_ty,
+            n_part,
             n_rows,
             n_copy,
             n_blocks,
@@ -146,23 +166,22 @@ def bidirectional_selective_scan_bwd_kernel_sum(
 
 @triton.jit
 def _unproject(
-    p_x,
     p_dprojected,
     p_projected,
+    p_u,
+    p_slope,
     p_draw,
     p_du,
     p_dconv,
-    p_taps,
     p_x_weight,
     p_partial,
     length,
     channels: tl.constexpr,
     rank,
     n_padded,
-    stride_x_token,
+    n_part,
     n_blocks,
     N: tl.constexpr,
-    W: tl.constexpr,
     RANK: tl.constexpr,
     REVERSE: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -178,7 +197,7 @@ def _unproject(
     o_weight = tl.where(o_row < RANK, o_row, o_row - RANK + rank)
     m_row = (o_row < rank) | ((o_row >= RANK) & (o_row < ROW))
     m_weight = m_row[:, None] & m_channel[None, :]
-    narrow = p_x.dtype.element_ty
+    narrow = p_dconv.dtype.element_ty
     o_x_weight = o_weight[:, None] * channels + o_channel[None, :]
     weight = tl.load(p_x_weight + o_x_weight, mask=m_weight, other=0.0).to(narrow)
     dweight = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -189,7 +208,11 @@ def _unproject(
         o_token = (tl.program_id(1) * n_blocks + i) * BLOCK_T + tl.arange(0, BLOCK_T)
         m_token = o_token < length
         p_rows = p_dprojected + o_token[:, None] * ROW + o_row[None, :]
-        dprojected = tl.load(p_rows, mask=m_token[:, None] & m_row[None, :], other=0.0)
+        m_rows = m_token[:, None] & (o_row < ROW)[None, :]
+        head = tl.load(p_rows, mask=m_rows, other=0.0)
+        tail = head
+        if narrow != tl.float32:
+            tail = tl.load(p_rows + n_part, mask=m_rows, other=0.0)
         du = load_rows(p_du, o_token, m_token, o_channel, m_channel, channels)
         draw = load_narrow_rows(p_draw, o_token, m_token, o_channel, m_channel, channels)
         # The projections were kept in scan order.
@@ -198,17 +221,15 @@ def _unproject(
         low_rank = tl.load(p_projected + o_scan[:, None] * ROW + o_rank[None, :], mask=m_low, other=0.0)
         # A value of one behind the last makes the gradient of the bias another row of the weight's.
         low_rank = tl.where((o_rank == rank)[None, :], 1.0, low_rank)
-        # Detached from the layout of the product, in which the convolution would be computed once more.
-        through = split_dot(dprojected, weight, tl.zeros(du.shape, tl.float32), PRECISION)
-        du += tl.reshape(detach_layout(through[None, :, :]), du.shape)
-        conv = convolve(p_x, p_taps, o_token, length, o_channel, m_channel, channels, stride_x_token, REVERSE, W)
-        slope = sigmoid(conv)
-        u = tl.where(m_token[:, None], conv * slope, 0.0).to(narrow)
-        dconv = du * slope * (1.0 + conv * (1.0 - slope))
+        u = load_narrow_rows(p_u, o_token, m_token, o_channel, m_channel, channels).to(narrow)
+        slope = load_rows(p_slope, o_token, m_token, o_channel, m_channel, channels)
+        # Detached from the layout of the product, so that nothing else is exchanged between lanes for it.
+        through = _parts_dot(head, tail, weight, tl.zeros(du.shape, tl.float32), PRECISION)
+        dconv = (du + tl.reshape(detach_layout(through[None, :, :]), du.shape)) * slope
         p_tile = p_dconv + o_token[:, None] * channels + o_channel[None, :]
         tl.store(p_tile, dconv.to(p_dconv.dtype.element_ty), mask=m_token[:, None] & m_channel[None, :])
         dbias += tl.sum(dconv, axis=0)
-        dweight = split_dot(tl.trans(dprojected), u, dweight, PRECISION)
+        dweight = _parts_dot(tl.trans(head), tl.trans(tail), u, dweight, PRECISION)
         dt_dweight = split_both_dot(tl.trans(low_rank), draw, dt_dweight, narrow, PRECISION)
     tl.store(p_partial + o_channel, dbias, mask=m_channel)
     tl.store(p_partial + channels + o_x_weight, dweight, mask=m_weight)
@@ -219,13 +240,13 @@ def _unproject(
 
 @triton.jit(do_not_specialize=["length", "n_padded", "n_blocks"])
 def bidirectional_selective_scan_bwd_kernel_project(
-    p_x,
     p_dprojected,
     p_projected,
+    p_u,
+    p_slope,
     p_draw,
     p_du,
     p_dconv,
-    p_taps,
     p_partial,
     p_x_weight,
     p_x_weight_b,
@@ -234,10 +255,7 @@ def bidirectional_selective_scan_bwd_kernel_project(
     rank,
     n_padded,
     n_blocks,
-    stride_x_batch,
-    stride_x_token,
     N: tl.constexpr,
-    W: tl.constexpr,
     RANK: tl.constexpr,
     K: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -253,33 +271,34 @@ def bidirectional_selective_scan_bwd_kernel_project(
     i_batch = tl.program_id(2).to(tl.int64) // K
     i_direction = tl.program_id(2) % K
     i_sequence = i_direction * (tl.num_programs(2) // K) + i_batch
-    p_x += i_batch * stride_x_batch
+    n_part = tl.num_programs(2).to(tl.int64) * n_padded * (RANK + 2 * N)
     p_dprojected += i_sequence * n_padded * (RANK + 2 * N)
     p_projected += i_sequence * n_padded * (RANK + 2 * N)
     p_draw += i_sequence * n_padded * channels
+    p_u += i_sequence * n_padded * channels
+    p_slope += i_sequence * n_padded * channels
     p_du += i_sequence * n_padded * channels
     p_dconv += i_sequence * length * channels
     i_program = (i_batch * tl.num_programs(1) + tl.program_id(1)) * K + i_direction
     p_partial += i_program * (2 * rank + 2 * N + 2) * channels
     if i_direction == 0:
         _unproject(
-            p_x,
             p_dprojected,
             p_projected,
+            p_u,
+            p_slope,
             p_draw,
             p_du,
             p_dconv,
-            p_taps,
             p_x_weight,
             p_partial,
             length,
             channels,
             rank,
             n_padded,
-            stride_x_token,
+            n_part,
             n_blocks,
             N,
-            W,
             RANK,
             False,
             BLOCK_T,
@@ -290,23 +309,22 @@ def bidirectional_selective_scan_bwd_kernel_project(
         )
     else:
         _unproject(
-            p_x,
             p_dprojected,
             p_projected,
+            p_u,
+            p_slope,
             p_draw,
             p_du,
             p_dconv,
-            p_taps + (W + 1) * channels,
             p_x_weight_b,
             p_partial,
             length,
             channels,
             rank,
             n_padded,
-            stride_x_token,
+            n_part,
             n_blocks,
             N,
-            W,
             RANK,
             True,
             BLOCK_T,
@@ -430,14 +448,17 @@ def bidirectional_selective_scan_bwd_kernel_finish(
 
 
 def sum_blocks(launch, dweights: Tensor, draw: Tensor) -> Tensor:
-    """Gradients of the projections (K, B, padded L, row), of those of B, C and step sizes before their softplus."""
-    dprojected = launch.empty(*draw.shape[:3], launch.row)
+    """Gradients of the projections (parts, K, B, padded L, row) in the dtype of the inputs.
+
+    They are the sum of both parts, if that has 16 bits, and operands of products; float32 has one part.
+    """
+    dtype = launch.xz.dtype
+    dprojected = launch.empty(1 if dtype == torch.float32 else 2, *draw.shape[:3], launch.row, dtype=dtype)
     rows = launch.batch * launch.padded
     bidirectional_selective_scan_bwd_kernel_sum[(triton.cdiv(rows, _SUM_ROWS), launch.directions)](
         dprojected,
         dweights,
         draw,
-        launch.xz,
         launch.parameters[0][3],
         launch.parameters[-1][3],
         rows,
@@ -459,7 +480,15 @@ def sum_blocks(launch, dweights: Tensor, draw: Tensor) -> Tensor:
 
 
 def project_backward(
-    launch, dprojected: Tensor, projected: Tensor, draw: Tensor, du: Tensor, dxz: Tensor, taps: Tensor
+    launch,
+    dprojected: Tensor,
+    projected: Tensor,
+    u: Tensor,
+    slope: Tensor,
+    draw: Tensor,
+    du: Tensor,
+    dxz: Tensor,
+    taps: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Fill the inputs' half of ``dxz``; partial sums (P, K, rows, E) of both kernels."""
     directions, batch, length, channels = launch.directions, launch.batch, launch.length, launch.channels
@@ -468,16 +497,15 @@ def project_backward(
     segments = triton.cdiv(length, _PROJECT_TOKENS)
     dconv = launch.empty(directions, batch, length, channels, dtype=launch.xz.dtype)
     sums = launch.empty(batch * segments, directions, launch.rows + launch.rank + 2, channels)
-    constants = dict(W=launch.width, K=directions)
     grid = (triton.cdiv(channels, block_channels), segments, batch * directions)
     bidirectional_selective_scan_bwd_kernel_project[grid](
-        launch.xz,
         dprojected,
         projected,
+        u,
+        slope,
         draw,
         du,
         dconv,
-        taps,
         sums,
         launch.parameters[0][2],
         launch.parameters[-1][2],
@@ -486,7 +514,6 @@ def project_backward(
         launch.rank,
         launch.padded,
         triton.cdiv(min(length, _PROJECT_TOKENS), block_tokens),
-        *launch.xz.stride()[:2],
         N=launch.state,
         RANK=launch.row - 2 * launch.state,
         BLOCK_T=block_tokens,
@@ -494,13 +521,13 @@ def project_backward(
         BLOCK_P=max(16, triton.next_power_of_2(launch.row)),
         BLOCK_R=max(16, triton.next_power_of_2(launch.rank + 1)),
         PRECISION=launch.precision,
+        K=directions,
         num_warps=_WARPS,
         num_stages=1,
-        **constants,
         **(register_limit(_REGISTERS) if is_narrow and launch.block_rows <= 64 else {}),
     )
     segments = triton.cdiv(length, _CONVOLVE_TOKENS)
-    block_channels = min(128, max(32, triton.next_power_of_2(channels)))
+    block_channels = min(_CONVOLVE_CHANNELS, max(32, triton.next_power_of_2(channels)))
     convolved = launch.empty(batch * segments, directions, launch.width, channels)
     grid = (triton.cdiv(channels, block_channels), segments, batch)
     bidirectional_selective_scan_bwd_kernel_convolve[grid](
@@ -516,9 +543,10 @@ def project_backward(
         BLOCK_W=triton.next_power_of_2(launch.width),
         BLOCK_T=8,
         BLOCK_C=block_channels,
+        W=launch.width,
+        K=directions,
         num_warps=1,
         num_stages=1,
-        **constants,
     )
     return sums, convolved
 
@@ -527,7 +555,7 @@ def finish(launch, scanned: Tensor, projected: Tensor, convolved: Tensor) -> Ten
     """Gradients of all parameters, one after the other in their own layouts."""
     rows = scanned.shape[2] + projected.shape[2] + convolved.shape[2]
     gradient = launch.empty(launch.directions * rows * launch.channels)
-    block_channels = 128
+    block_channels = _FINISH_CHANNELS
     grid = (triton.cdiv(launch.channels, block_channels), rows, launch.directions)
     bidirectional_selective_scan_bwd_kernel_finish[grid](
         scanned,
@@ -544,7 +572,7 @@ def finish(launch, scanned: Tensor, projected: Tensor, convolved: Tensor) -> Ten
         W=launch.width,
         K=launch.directions,
         BLOCK_C=block_channels,
-        BLOCK_S=64,
+        BLOCK_S=_FINISH_ROWS,
         num_warps=4,
     )
     return gradient
