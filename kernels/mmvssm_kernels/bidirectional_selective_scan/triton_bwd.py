@@ -41,6 +41,7 @@ _MAX_REGISTERS = 168
 _ENOUGH_PROGRAMS = 12 * 132
 _OWN_CHANNELS = 2
 _STATE_LANES = 4
+_TOUCH = True
 
 
 @triton.jit
@@ -164,15 +165,16 @@ def _walk(
     NL: tl.constexpr,
     CL: tl.constexpr,
     PRECISION: tl.constexpr,
+    TOUCH: tl.constexpr,
 ):
     """The programs of one direction."""
     C: tl.constexpr = CR * CL
     ROW: tl.constexpr = RANK + 2 * N
     i_block = tl.program_id(0)
-    i_segment = tl.program_id(1) // K
+    i_segment = tl.program_id(1)
     i_direction = 1 if REVERSE else 0
-    i_batch = tl.program_id(2).to(tl.int64)
-    n_batch = tl.num_programs(2)
+    n_batch = tl.num_programs(2) // K
+    i_batch = tl.program_id(2).to(tl.int64) - i_direction * n_batch
     i_sequence = i_direction * n_batch + i_batch
     i_program = (i_sequence * n_segments + i_segment) * tl.num_programs(0) + i_block
     # Rows lie in the order of tokens, except those of the projections and states that were kept.
@@ -219,7 +221,10 @@ def _walk(
         o_tile = i_tile * T * STEP
         p_B = p_projected + i_tile * T * ROW
         i_next = tl.maximum(i_tile - 1, i_first)
-        seen = _touch(p_dt, p_u, p_w, p_projected, p_border, i_next, o_block, channels, N, ROW, STEP, T, C, NS, SUMMARY)
+        if TOUCH:
+            seen = _touch(
+                p_dt, p_u, p_w, p_projected, p_border, i_next, o_block, channels, N, ROW, STEP, T, C, NS, SUMMARY
+            )
         if SUMMARY:
             for j in range(0, T, 4):
                 k = T - 1 - j
@@ -304,7 +309,10 @@ def _walk(
                 store_weight_sums(p_dweights + (i_tile * T + j) * WEIGHTS, s0, s1, s2, s3, WEIGHTS, N)
     # Otherwise the compiler would leave out the loads. The scratch has no other use any more.
     for k in tl.static_range(len(seen)):
-        tl.store(p_enter + o_block + tl.arange(0, seen[k].numel), tl.reshape(seen[k], (seen[k].numel,)).to(tl.float32))
+        if TOUCH:
+            tl.store(
+                p_enter + o_block + tl.arange(0, seen[k].numel), tl.reshape(seen[k], (seen[k].numel,)).to(tl.float32)
+            )
     if SUMMARY:
         p_to = state_pointers(p_summary + i_back * N * channels, o_state, o_owned, N, True)
         tl.store(p_to, flow, mask=m_states)
@@ -350,13 +358,15 @@ def bidirectional_selective_scan_bwd_kernel_scan(
     NL: tl.constexpr,
     CL: tl.constexpr,
     PRECISION: tl.constexpr,
+    TOUCH: tl.constexpr,
 ):
     """Gradients of inputs and step sizes; or only what each segment's adjoint scan hands on.
 
     Writes du and draw (K, B, padded L, E), of step sizes before their softplus; dweights (channel blocks, K, B,
     padded L, 2N); and of every program's partial sums (B S, K, N + 1, E) the rows of A_log and D.
     """
-    if tl.program_id(1) % K == 0:
+    # One direction after the other, so that a multiprocessor has the code of one of them to hold.
+    if tl.program_id(2) < tl.num_programs(2) // K:
         _walk(
             p_u,
             p_dt,
@@ -389,6 +399,7 @@ def bidirectional_selective_scan_bwd_kernel_scan(
             NL,
             CL,
             PRECISION,
+            TOUCH,
         )
     else:
         _walk(
@@ -423,6 +434,7 @@ def bidirectional_selective_scan_bwd_kernel_scan(
             NL,
             CL,
             PRECISION,
+            TOUCH,
         )
 
 
@@ -440,6 +452,7 @@ def bidirectional_backward(
     grid, n_tiles, segments, constants = launch.plan(
         _OWN_CHANNELS, _STATE_LANES, _MAX_REGISTERS, _ENOUGH_PROGRAMS, directions
     )
+    grid = (grid[0], segments, batch * directions)
     summary, steps = launch.summaries(segments)
     block, tile = constants["CR"] * constants["CL"], constants["T"]
     enter = launch.empty(grid[0] * grid[1] * grid[2], tile // 4 - 1, block, launch.state)
@@ -450,7 +463,11 @@ def bidirectional_backward(
     tensors = (u, dt, w, projected, borders, summary, steps, enter, du, draw, dweights, partial)
     arguments = (*tensors, *members[0], *members[-1], channels, launch.tiles, n_tiles, segments)
     constants |= dict(
-        K=directions, SEGMENTED=segments > 1, RANK=launch.row - 2 * launch.state, PRECISION=launch.precision
+        K=directions,
+        SEGMENTED=segments > 1,
+        RANK=launch.row - 2 * launch.state,
+        PRECISION=launch.precision,
+        TOUCH=_TOUCH,
     )
     if segments > 1:
         bidirectional_selective_scan_bwd_kernel_scan[grid](*arguments, SUMMARY=True, **constants)

@@ -44,9 +44,11 @@ def _store_parts(pointers, values, mask, n_part, dtype: tl.constexpr):
 @triton.jit
 def _parts_dot(head, tail, right, total, PRECISION: tl.constexpr):
     """``total + (head + tail) right``; without ``tail`` for float32."""
-    if right.dtype != tl.float32:
-        total = tl.dot(tail, right, total)
-    return tl.dot(head, right, total, input_precision=PRECISION)
+    total = split_dot(head, right, total, PRECISION)
+    if right.dtype == tl.float32:
+        return total
+    else:
+        return split_dot(tail, right, total, PRECISION)
 
 
 @triton.jit

@@ -74,8 +74,10 @@ def split_dot(left, right, total, PRECISION: tl.constexpr):
 
     16-bit operands are the fast ones, so a float32 ``left`` becomes the sum of two of them.
     """
-    if left.dtype == right.dtype:
+    if right.dtype == tl.float32:
         return tl.dot(left, right, total, input_precision=PRECISION)
+    elif left.dtype == right.dtype:
+        return tl.dot(left, right, total)
     else:
         head = left.to(right.dtype)
         tail = (left - head.to(tl.float32)).to(right.dtype)
