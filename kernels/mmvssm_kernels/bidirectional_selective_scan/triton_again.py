@@ -12,7 +12,7 @@ from torch import Tensor
 from ..selective_scan.triton_tile import detach_layout
 from ..triton_scan import sigmoid, softplus
 from .op import TILE
-from .triton_tile import block_channels, convolve, load_rows, load_step_weight, load_vector, split_dot
+from .triton_tile import block_channels, convolve, load_rows, load_step_weight, load_vector, of_blocks, split_dot
 
 # Channels and warps of a program, which owns a tile of tokens.
 _CHANNELS = 64
@@ -33,6 +33,8 @@ def _direction(
     p_dt_bias,
     o_token,
     o_scan,
+    o_tile,
+    m_tile,
     length,
     o_channel,
     m_channel,
@@ -53,14 +55,13 @@ def _direction(
     raw = tl.reshape(detach_layout(raw[None, :, :]), raw.shape)  # else what follows gets the layout of the product
     raw += load_vector(p_dt_bias, o_channel, m_channel)[None, :]
     conv = convolve(p_x, p_taps, o_token, length, o_channel, m_channel, channels, stride_token, REVERSE, W)
-    o_tile = o_token[:, None] * channels + o_channel[None, :]
     gate = sigmoid(conv)
     u = tl.where((o_token < length)[:, None], conv * gate, 0.0)
     slope = gate * (1.0 + conv * (1.0 - gate))
-    tl.store(p_u + o_tile, u.to(p_u.dtype.element_ty), mask=m_channel[None, :])
-    tl.store(p_slope + o_tile, slope.to(p_slope.dtype.element_ty), mask=m_channel[None, :])
+    tl.store(p_u + o_tile, u.to(p_u.dtype.element_ty), mask=m_tile)
+    tl.store(p_slope + o_tile, slope.to(p_slope.dtype.element_ty), mask=m_tile)
     SHORT: tl.constexpr = p_dt.dtype.element_ty != tl.float32
-    tl.store(p_dt + o_tile, softplus(raw, SHORT).to(p_dt.dtype.element_ty), mask=m_channel[None, :])
+    tl.store(p_dt + o_tile, softplus(raw, SHORT).to(p_dt.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit(do_not_specialize=["scale", "length", "n_padded"])
@@ -91,6 +92,7 @@ def bidirectional_selective_scan_bwd_kernel_again(
     W: tl.constexpr,
     ROW: tl.constexpr,
     K: tl.constexpr,
+    C: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -108,16 +110,19 @@ def bidirectional_selective_scan_bwd_kernel_again(
     dout = scale * load_rows(p_dout, o_token, m_token, o_channel, m_channel, stride_dout_token)
     y = load_rows(p_y + i_batch * n_padded * channels, o_token, m_token, o_channel, m_channel, channels)
     gate = sigmoid(z)
-    o_tile = o_token[:, None] * channels + o_channel[None, :]
-    tl.store(p_w + i_batch * n_padded * channels + o_tile, dout * z * gate, mask=m_channel[None, :])
+    # Blocks of the scans may have more channels than there are.
+    n_values: tl.constexpr = (channels + C - 1) // C * C
+    o_tile = of_blocks(o_token, o_channel, n_padded, C)
+    m_tile = ((o_channel < n_values) | (n_values % BLOCK_C == 0))[None, :]
+    tl.store(p_w + i_batch * n_padded * n_values + o_tile, dout * z * gate, mask=m_tile)
     dz = dout * y * gate * (1.0 + z * (1.0 - gate))
     p_dz = p_dxz + i_batch * length * 2 * channels + channels
     p_dz += o_token[:, None] * (2 * channels) + o_channel[None, :]
     tl.store(p_dz, dz.to(p_dxz.dtype.element_ty), mask=m_token[:, None] & m_channel[None, :])
     _direction(
-        p_u + i_batch * n_padded * channels,
-        p_slope + i_batch * n_padded * channels,
-        p_dt + i_batch * n_padded * channels,
+        p_u + i_batch * n_padded * n_values,
+        p_slope + i_batch * n_padded * n_values,
+        p_dt + i_batch * n_padded * n_values,
         p_x,
         p_taps,
         p_projected + i_batch * n_padded * ROW,
@@ -125,6 +130,8 @@ def bidirectional_selective_scan_bwd_kernel_again(
         p_dt_bias,
         o_token,
         o_token,
+        o_tile,
+        m_tile,
         length,
         o_channel,
         m_channel,
@@ -139,9 +146,9 @@ def bidirectional_selective_scan_bwd_kernel_again(
     )
     if K == 2:
         _direction(
-            p_u + i_other * n_padded * channels,
-            p_slope + i_other * n_padded * channels,
-            p_dt + i_other * n_padded * channels,
+            p_u + i_other * n_padded * n_values,
+            p_slope + i_other * n_padded * n_values,
+            p_dt + i_other * n_padded * n_values,
             p_x,
             p_taps + (W + 1) * channels,
             p_projected + i_other * n_padded * ROW,
@@ -149,6 +156,8 @@ def bidirectional_selective_scan_bwd_kernel_again(
             p_dt_bias_b,
             o_token,
             n_padded - 1 - o_token,
+            o_tile,
+            m_tile,
             length,
             o_channel,
             m_channel,
@@ -164,18 +173,18 @@ def bidirectional_selective_scan_bwd_kernel_again(
 
 
 def scan_inputs(
-    launch, dout: Tensor, scale: float, projected: Tensor, taps: Tensor, y: Tensor, dxz: Tensor
+    launch, block: int, dout: Tensor, scale: float, projected: Tensor, taps: Tensor, y: Tensor, dxz: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs, slopes of their SiLU and step sizes (K, B, padded L, E); float32 gradient of the sum (B, padded L, E).
+    """Inputs, slopes of their SiLU and step sizes (K, B, channel blocks, padded L, block) of both directions.
 
-    Fills the gate's half of ``dxz``.
+    And in float32 the gradient of their sum (B, channel blocks, padded L, block). Fills the gate's half of ``dxz``.
     """
-    sizes = (launch.batch, launch.padded, launch.channels)
+    sizes = (launch.batch, triton.cdiv(launch.channels, block), launch.padded, block)
     dtype = launch.xz.dtype if launch.channels >= _NARROW_CHANNELS else projected.dtype
     u, slope, dt = (launch.empty(launch.directions, *sizes, dtype=dtype) for _ in range(3))
     w = launch.empty(*sizes)
     members = [p[3:5] for p in launch.parameters]
-    grid = (triton.cdiv(launch.channels, _CHANNELS), launch.tiles, launch.batch)
+    grid = (triton.cdiv(sizes[1] * block, _CHANNELS), launch.tiles, launch.batch)
     bidirectional_selective_scan_bwd_kernel_again[grid](
         launch.xz,
         dout,
@@ -199,6 +208,7 @@ def scan_inputs(
         W=launch.width,
         ROW=launch.row,
         K=launch.directions,
+        C=block,
         BLOCK_T=TILE,
         BLOCK_C=_CHANNELS,
         BLOCK_R=max(16, triton.next_power_of_2(launch.rank)),

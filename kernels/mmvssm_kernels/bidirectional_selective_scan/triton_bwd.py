@@ -21,7 +21,7 @@ from .triton_reduce import finish, project_backward, sum_blocks
 from .triton_tile import (
     in_lanes,
     input_sums,
-    load_of_channels,
+    lane_pointers,
     load_weights,
     of_channels,
     of_lanes,
@@ -41,33 +41,32 @@ _MAX_REGISTERS = 168
 _ENOUGH_PROGRAMS = 12 * 132
 _OWN_CHANNELS = 2
 _STATE_LANES = 4
-_TOUCH = True
 
 
 @triton.jit
-def _load_channels(p_row, o_owned, m_owned, o_state):
+def _load_channels(p_row, o_local, o_state):
     """Per-channel values (CR, NL, CL) of a token in float32."""
-    return load_of_channels(p_row, o_owned, m_owned, o_state.shape[2], True).to(tl.float32)
+    return tl.load(lane_pointers(p_row, o_local, o_state.shape[2], True)).to(tl.float32)
 
 
 @triton.jit
-def _forward(state, rate, p_dt, p_u, p_B, o_owned, m_owned, o_state, N: tl.constexpr):
+def _forward(state, rate, p_dt, p_u, p_B, o_local, o_state, N: tl.constexpr):
     """Step size and input (CR, NL, CL) of a token, its decays, and the state behind it."""
-    dt = _load_channels(p_dt, o_owned, m_owned, o_state)
-    dt_u = dt * _load_channels(p_u, o_owned, m_owned, o_state)
+    dt = _load_channels(p_dt, o_local, o_state)
+    dt_u = dt * _load_channels(p_u, o_local, o_state)
     decay = tl.exp2(of_lanes(dt) * rate)
     return dt, dt_u, decay, decay * state + of_lanes(dt_u) * of_states(load_weights(p_B, o_state, N))
 
 
 @triton.jit
-def _backward(flow, dA, before, state, decay, dt, dt_u, rate, p_w, p_B, o_owned, m_owned, o_state, N: tl.constexpr):
+def _backward(flow, dA, before, state, decay, dt, dt_u, rate, p_w, p_B, o_local, o_state, N: tl.constexpr):
     """Over one token: flow that leaves it, sum of gradients of the decay rates, and a lane's shares of four sums.
 
     ``before`` and ``state`` are the states in front of and behind the token, ``flow`` is what reaches the latter from
     the next one. The sums are those over channels of dB and dC, shares (NR, NG, NL, CL, 2), and those over states of
     ``grad B`` and ``flow before rate``, shares (CR, NL, CL, 2).
     """
-    w = _load_channels(p_w, o_owned, m_owned, o_state)
+    w = _load_channels(p_w, o_local, o_state)
     B = load_weights(p_B, o_state, N)
     C = load_weights(p_B + N, o_state, N)
     grad = flow + of_lanes(w) * of_states(C)
@@ -80,21 +79,21 @@ def _backward(flow, dA, before, state, decay, dt, dt_u, rate, p_w, p_B, o_owned,
 
 
 @triton.jit
-def _summarize(flow, steps, rate, p_dt, p_w, p_C, o_owned, m_owned, o_state, N: tl.constexpr):
+def _summarize(flow, steps, rate, p_dt, p_w, p_C, o_local, o_state, N: tl.constexpr):
     """Flow that leaves a token, and the sum of step sizes."""
-    dt = _load_channels(p_dt, o_owned, m_owned, o_state)
-    w = _load_channels(p_w, o_owned, m_owned, o_state)
+    dt = _load_channels(p_dt, o_local, o_state)
+    w = _load_channels(p_w, o_local, o_state)
     flow = tl.exp2(of_lanes(dt) * rate) * (flow + of_lanes(w) * of_states(load_weights(p_C, o_state, N)))
     return flow, steps + dt
 
 
 @triton.jit
-def _touch_rows(p_rows, i_tile, o_first, channels: tl.constexpr, STEP: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
+def _touch_tile(p_rows, i_tile, STEP: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
     """One value of every 32 bytes of a tile of rows."""
     VALUES: tl.constexpr = 256 // p_rows.dtype.element_ty.primitive_bitwidth
-    o_touched = o_first + tl.arange(0, max(1, C // VALUES)) * VALUES
-    p_tile = p_rows + i_tile * T * STEP + tl.arange(0, T)[:, None] * STEP + o_touched[None, :]
-    return tl.load(p_tile, mask=tl.broadcast_to(o_touched[None, :] < channels, p_tile.shape), other=0.0)
+    # The first row of the tile in memory is its last one in scan order if that is reversed.
+    o_first = i_tile * T * STEP + (T - 1) * min(STEP, 0)
+    return tl.load(p_rows + o_first + tl.arange(0, T * C // VALUES) * VALUES)
 
 
 @triton.jit
@@ -116,16 +115,15 @@ def _touch(
     SUMMARY: tl.constexpr,
 ):
     """Values of a tile from all over memory that is read when it is walked, so that the cache has it by then."""
-    o_first = o_block // N
-    dt = _touch_rows(p_dt, i_tile, o_first, channels, STEP, T, C)
-    w = _touch_rows(p_w, i_tile, o_first, channels, STEP, T, C)
+    dt = _touch_tile(p_dt, i_tile, STEP, T, C)
+    w = _touch_tile(p_w, i_tile, STEP, T, C)
     o_weight = tl.arange(0, max(1, NS // 4))[None, :] * 8
     p_weights = p_projected + (i_tile * T + tl.arange(0, T))[:, None] * ROW + o_weight
     weights = tl.load(p_weights, mask=tl.broadcast_to(o_weight < 2 * N, p_weights.shape), other=0.0)
     if SUMMARY:
         return dt, w, weights
     else:
-        u = _touch_rows(p_u, i_tile, o_first, channels, STEP, T, C)
+        u = _touch_tile(p_u, i_tile, STEP, T, C)
         o_state = o_block + tl.arange(0, max(1, NS * C // 8)) * 8
         p_states = p_border + (i_tile.to(tl.int64) - 1) * N * channels + o_state
         states = tl.load(p_states, mask=(o_state < channels * N) & (i_tile > 0), other=0.0)
@@ -165,24 +163,24 @@ def _walk(
     NL: tl.constexpr,
     CL: tl.constexpr,
     PRECISION: tl.constexpr,
-    TOUCH: tl.constexpr,
 ):
     """The programs of one direction."""
     C: tl.constexpr = CR * CL
     ROW: tl.constexpr = RANK + 2 * N
     i_block = tl.program_id(0)
+    n_blocks = tl.num_programs(0)
     i_segment = tl.program_id(1)
     i_direction = 1 if REVERSE else 0
     n_batch = tl.num_programs(2) // K
     i_batch = tl.program_id(2).to(tl.int64) - i_direction * n_batch
     i_sequence = i_direction * n_batch + i_batch
-    i_program = (i_sequence * n_segments + i_segment) * tl.num_programs(0) + i_block
+    i_program = (i_sequence * n_segments + i_segment) * n_blocks + i_block
     # Rows lie in the order of tokens, except those of the projections and states that were kept.
     o_last = n_all * T - 1 if REVERSE else 0
-    STEP: tl.constexpr = -channels if REVERSE else channels
+    STEP: tl.constexpr = -C if REVERSE else C
     WEIGHTS: tl.constexpr = -2 * N if REVERSE else 2 * N
-    p_w += (i_batch * n_all * T + o_last) * channels
-    o_sequence = (i_sequence * n_all * T + o_last) * channels
+    p_w += ((i_batch * n_blocks + i_block) * n_all * T + o_last) * C
+    o_sequence = ((i_sequence * n_blocks + i_block) * n_all * T + o_last) * C
     p_u += o_sequence
     p_dt += o_sequence
     p_du += o_sequence
@@ -212,7 +210,6 @@ def _walk(
     dA = tl.zeros(rate.shape, tl.float32)
     steps = tl.zeros((CR, NL, CL), tl.float32)
     dskip = tl.zeros((CR, CL, 4), tl.float32)
-    m_quarter = tl.broadcast_to(m_owned[:, :, None], dskip.shape)
     NS: tl.constexpr = NR * NG * NL
     i_next = i_first + n_own - 1
     seen = _touch(p_dt, p_u, p_w, p_projected, p_border, i_next, o_block, channels, N, ROW, STEP, T, C, NS, SUMMARY)
@@ -221,10 +218,7 @@ def _walk(
         o_tile = i_tile * T * STEP
         p_B = p_projected + i_tile * T * ROW
         i_next = tl.maximum(i_tile - 1, i_first)
-        if TOUCH:
-            seen = _touch(
-                p_dt, p_u, p_w, p_projected, p_border, i_next, o_block, channels, N, ROW, STEP, T, C, NS, SUMMARY
-            )
+        seen = _touch(p_dt, p_u, p_w, p_projected, p_border, i_next, o_block, channels, N, ROW, STEP, T, C, NS, SUMMARY)
         if SUMMARY:
             for j in range(0, T, 4):
                 k = T - 1 - j
@@ -232,7 +226,7 @@ def _walk(
                 p_t = p_dt + o_tile + k * STEP
                 p_v = p_w + o_tile + k * STEP
                 for _ in tl.static_range(4):
-                    flow, steps = _summarize(flow, steps, rate, p_t, p_v, p_C, o_owned, m_owned, o_state, N)
+                    flow, steps = _summarize(flow, steps, rate, p_t, p_v, p_C, o_local, o_state, N)
                     p_C -= ROW
                     p_t -= STEP
                     p_v -= STEP
@@ -244,7 +238,7 @@ def _walk(
                 p_v = p_u + o_tile + j * STEP
                 p_b = p_B + j * ROW
                 for _ in tl.static_range(4):
-                    _, _, _, state = _forward(state, rate, p_t, p_v, p_b, o_owned, m_owned, o_state, N)
+                    _, _, _, state = _forward(state, rate, p_t, p_v, p_b, o_local, o_state, N)
                     p_t += STEP
                     p_v += STEP
                     p_b += ROW
@@ -258,28 +252,24 @@ def _walk(
                 p_a = p_w + o_group
                 p_b = p_B + j * ROW
                 h0 = state
-                dt0, v0, a0, h1 = _forward(h0, rate, p_t, p_v, p_b, o_owned, m_owned, o_state, N)
+                dt0, v0, a0, h1 = _forward(h0, rate, p_t, p_v, p_b, o_local, o_state, N)
                 p_t += STEP
                 p_v += STEP
                 p_b += ROW
-                dt1, v1, a1, h2 = _forward(h1, rate, p_t, p_v, p_b, o_owned, m_owned, o_state, N)
+                dt1, v1, a1, h2 = _forward(h1, rate, p_t, p_v, p_b, o_local, o_state, N)
                 p_t += STEP
                 p_v += STEP
                 p_b += ROW
-                dt2, v2, a2, h3 = _forward(h2, rate, p_t, p_v, p_b, o_owned, m_owned, o_state, N)
+                dt2, v2, a2, h3 = _forward(h2, rate, p_t, p_v, p_b, o_local, o_state, N)
                 p_t += STEP
                 p_v += STEP
                 p_b += ROW
-                dt3, v3, a3, h4 = _forward(h3, rate, p_t, p_v, p_b, o_owned, m_owned, o_state, N)
+                dt3, v3, a3, h4 = _forward(h3, rate, p_t, p_v, p_b, o_local, o_state, N)
                 p_a += 3 * STEP
-                flow, dA, s3, r3 = _backward(
-                    flow, dA, h3, h4, a3, dt3, v3, rate, p_a, p_b, o_owned, m_owned, o_state, N
-                )
+                flow, dA, s3, r3 = _backward(flow, dA, h3, h4, a3, dt3, v3, rate, p_a, p_b, o_local, o_state, N)
                 p_a -= STEP
                 p_b -= ROW
-                flow, dA, s2, r2 = _backward(
-                    flow, dA, h2, h3, a2, dt2, v2, rate, p_a, p_b, o_owned, m_owned, o_state, N
-                )
+                flow, dA, s2, r2 = _backward(flow, dA, h2, h3, a2, dt2, v2, rate, p_a, p_b, o_local, o_state, N)
                 # The state that enters the group before this one is loaded ahead.
                 p_from = tl.where(j > 4, p_enter + (j // 4 - 2) * (N * C), p_kept)
                 m_from = m_states & ((j > 4) | ((j > 0) & (i_tile > 0)))
@@ -287,32 +277,25 @@ def _walk(
                 tl.debug_barrier()  # otherwise the compiler moves the load to where its result is used
                 p_a -= STEP
                 p_b -= ROW
-                flow, dA, s1, r1 = _backward(
-                    flow, dA, h1, h2, a1, dt1, v1, rate, p_a, p_b, o_owned, m_owned, o_state, N
-                )
+                flow, dA, s1, r1 = _backward(flow, dA, h1, h2, a1, dt1, v1, rate, p_a, p_b, o_local, o_state, N)
                 p_a -= STEP
                 p_b -= ROW
-                flow, dA, s0, r0 = _backward(
-                    flow, dA, h0, h1, a0, dt0, v0, rate, p_a, p_b, o_owned, m_owned, o_state, N
-                )
+                flow, dA, s0, r0 = _backward(flow, dA, h0, h1, a0, dt0, v0, rate, p_a, p_b, o_local, o_state, N)
                 q, r = input_sums(r0, r1, r2, r3, p_u.dtype.element_ty != tl.float32, PRECISION)
-                u = tl.load(quarter_pointers(p_u + o_group, o_owned, STEP), mask=m_quarter, other=0.0).to(tl.float32)
-                dt = tl.load(quarter_pointers(p_dt + o_group, o_owned, STEP), mask=m_quarter, other=0.0).to(tl.float32)
-                w = tl.load(quarter_pointers(p_w + o_group, o_owned, STEP), mask=m_quarter, other=0.0)
+                u = tl.load(quarter_pointers(p_u + o_group, o_local, STEP)).to(tl.float32)
+                dt = tl.load(quarter_pointers(p_dt + o_group, o_local, STEP)).to(tl.float32)
+                w = tl.load(quarter_pointers(p_w + o_group, o_local, STEP))
                 skip = tl.load(p_skip + o_owned, mask=m_owned, other=0.0).to(tl.float32)[:, :, None]
                 dskip += u * w
-                p_to = quarter_pointers(p_du + o_group, o_owned, STEP)
-                tl.store(p_to, (dt * q + skip * w).to(p_du.dtype.element_ty), mask=m_quarter)
-                p_to = quarter_pointers(p_draw + o_group, o_owned, STEP)
+                p_to = quarter_pointers(p_du + o_group, o_local, STEP)
+                tl.store(p_to, (dt * q + skip * w).to(p_du.dtype.element_ty))
+                p_to = quarter_pointers(p_draw + o_group, o_local, STEP)
                 draw = (u * q + LN_2 * r) * softplus_slope(dt)
-                tl.store(p_to, draw.to(p_draw.dtype.element_ty), mask=m_quarter)
+                tl.store(p_to, draw.to(p_draw.dtype.element_ty))
                 store_weight_sums(p_dweights + (i_tile * T + j) * WEIGHTS, s0, s1, s2, s3, WEIGHTS, N)
     # Otherwise the compiler would leave out the loads. The scratch has no other use any more.
     for k in tl.static_range(len(seen)):
-        if TOUCH:
-            tl.store(
-                p_enter + o_block + tl.arange(0, seen[k].numel), tl.reshape(seen[k], (seen[k].numel,)).to(tl.float32)
-            )
+        tl.store(p_enter + o_block + tl.arange(0, seen[k].numel), tl.reshape(seen[k], (seen[k].numel,)).to(tl.float32))
     if SUMMARY:
         p_to = state_pointers(p_summary + i_back * N * channels, o_state, o_owned, N, True)
         tl.store(p_to, flow, mask=m_states)
@@ -358,11 +341,10 @@ def bidirectional_selective_scan_bwd_kernel_scan(
     NL: tl.constexpr,
     CL: tl.constexpr,
     PRECISION: tl.constexpr,
-    TOUCH: tl.constexpr,
 ):
     """Gradients of inputs and step sizes; or only what each segment's adjoint scan hands on.
 
-    Writes du and draw (K, B, padded L, E), of step sizes before their softplus; dweights (channel blocks, K, B,
+    Writes du and draw (K, B, blocks, padded L, C), of step sizes before their softplus; dweights (blocks, K, B,
     padded L, 2N); and of every program's partial sums (B S, K, N + 1, E) the rows of A_log and D.
     """
     # One direction after the other, so that a multiprocessor has the code of one of them to hold.
@@ -399,7 +381,6 @@ def bidirectional_selective_scan_bwd_kernel_scan(
             NL,
             CL,
             PRECISION,
-            TOUCH,
         )
     else:
         _walk(
@@ -434,7 +415,6 @@ def bidirectional_selective_scan_bwd_kernel_scan(
             NL,
             CL,
             PRECISION,
-            TOUCH,
         )
 
 
@@ -448,16 +428,16 @@ def bidirectional_backward(
     launch = Launch(xz, parameters)
     batch, channels, directions = launch.batch, launch.channels, launch.directions
     dxz = launch.empty(batch, launch.length, 2 * channels, dtype=xz.dtype)
-    u, slope, dt, w = scan_inputs(launch, adjacent_channels(dout), scale, projected, taps, sums, dxz)
     grid, n_tiles, segments, constants = launch.plan(
         _OWN_CHANNELS, _STATE_LANES, _MAX_REGISTERS, _ENOUGH_PROGRAMS, directions
     )
     grid = (grid[0], segments, batch * directions)
     summary, steps = launch.summaries(segments)
     block, tile = constants["CR"] * constants["CL"], constants["T"]
+    u, slope, dt, w = scan_inputs(launch, block, adjacent_channels(dout), scale, projected, taps, sums, dxz)
     enter = launch.empty(grid[0] * grid[1] * grid[2], tile // 4 - 1, block, launch.state)
     du, draw = (torch.empty_like(u) for _ in range(2))
-    dweights = launch.empty(grid[0], directions, batch, launch.padded, 2 * launch.state)
+    dweights = launch.empty(grid[0], directions, batch, launch.padded, 2 * launch.state, dtype=u.dtype)
     partial = launch.empty(batch * segments, directions, launch.state + 1, channels)
     members = [p[5:] for p in launch.parameters]
     tensors = (u, dt, w, projected, borders, summary, steps, enter, du, draw, dweights, partial)
@@ -467,7 +447,6 @@ def bidirectional_backward(
         SEGMENTED=segments > 1,
         RANK=launch.row - 2 * launch.state,
         PRECISION=launch.precision,
-        TOUCH=_TOUCH,
     )
     if segments > 1:
         bidirectional_selective_scan_bwd_kernel_scan[grid](*arguments, SUMMARY=True, **constants)

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from ..selective_scan.triton_tile import detach_layout
 from .triton_launch import register_limit
-from .triton_tile import block_channels, load_narrow_rows, load_rows, load_vector, split_both_dot, split_dot
+from .triton_tile import block_channels, load_rows, load_vector, of_blocks, split_both_dot, split_dot
 
 # Rows and warps of a program of the first kernel.
 _SUM_ROWS = 32
 _SUM_WARPS = 2
 # Tokens of a program of the second and of the third kernel.
 _PROJECT_TOKENS = 256
-_CONVOLVE_TOKENS = 32
-_CONVOLVE_CHANNELS = 128
+_CONVOLVE_TOKENS = 128
+_CONVOLVE_CHANNELS = 64
 # Channels and programs' sums of a step of the last kernel.
 _FINISH_CHANNELS = 32
 _FINISH_ROWS = 256
@@ -29,7 +29,8 @@ _FINISH_ROWS = 256
 _TOKENS = 32
 _CHANNELS = 64
 _WARPS = 4
-_REGISTERS = 255
+_REGISTERS = 128
+_STAGES = 1
 
 
 @triton.jit
@@ -60,6 +61,7 @@ def _sum_rows(
     n_part,
     n_rows,
     n_copy,
+    n_padded,
     n_blocks,
     channels: tl.constexpr,
     rank,
@@ -74,21 +76,24 @@ def _sum_rows(
     i_first = tl.program_id(0).to(tl.int64) * BLOCK_T
     p_dprojected += i_first * (RANK + 2 * N)
     p_dweights += i_first * (2 * N)
-    p_draw += i_first * channels
     o_row = tl.arange(0, BLOCK_T)
     m_row = o_row < n_rows - i_first
     o_rank = tl.arange(0, BLOCK_R)
     o_weight = tl.arange(0, BLOCK_P)
     m_weight = m_row[:, None] & (o_weight < 2 * N)[None, :]
     p_weights = p_dweights + o_row[:, None] * (2 * N) + o_weight[None, :]
+    i_row = i_first + o_row
+    p_rows = p_draw + (i_row // n_padded * (n_blocks * n_padded) + i_row % n_padded) * BLOCK_C
+    p_tile = p_rows[:, None] + tl.max_contiguous(tl.arange(0, BLOCK_C), 4)[None, :]
     narrow = p_dprojected.dtype.element_ty
     weights = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
     low_rank = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     for i in range(n_blocks):
         o_channel, m_channel = block_channels(i, channels, BLOCK_C)
-        weights += tl.load(p_weights, mask=m_weight, other=0.0)
+        weights += tl.load(p_weights, mask=m_weight, other=0.0).to(tl.float32)
         p_weights += n_copy
-        draw = load_narrow_rows(p_draw, o_row, m_row, o_channel, m_channel, channels)
+        draw = tl.load(p_tile, mask=m_row[:, None], other=0.0)
+        p_tile += n_padded * BLOCK_C
         p_weight = p_dt_weight + o_channel[:, None] * rank + o_rank[None, :]
         weight = tl.load(p_weight, mask=m_channel[:, None] & (o_rank < rank)[None, :], other=0.0)
         low_rank = split_dot(draw, weight.to(narrow), low_rank, PRECISION)
@@ -98,7 +103,7 @@ def _sum_rows(
     _store_parts(p_rows + RANK + o_weight[None, :], weights, m_weight, n_part, narrow)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_copy"])
+@triton.jit(do_not_specialize=["n_rows", "n_copy", "n_padded"])
 def bidirectional_selective_scan_bwd_kernel_sum(
     p_dprojected,
     p_dweights,
@@ -107,6 +112,7 @@ def bidirectional_selective_scan_bwd_kernel_sum(
     p_dt_weight_b,
     n_rows,
     n_copy,
+    n_padded,
     n_blocks,
     channels: tl.constexpr,
     rank,
@@ -118,12 +124,15 @@ def bidirectional_selective_scan_bwd_kernel_sum(
     BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of the projections (parts, K, B L, row), of dweights (blocks, K, B L, 2N) and draw (K, B L, E)."""
+    """Gradients of the projections (parts, K, B L, row).
+
+    They are sums of dweights (blocks, K, B L, 2N) and products with draw (K, B, blocks, L, C).
+    """
     i_direction = tl.program_id(1).to(tl.int64)
     n_part = tl.num_programs(1).to(tl.int64) * n_rows * (RANK + 2 * N)
     p_dprojected += i_direction * n_rows * (RANK + 2 * N)
     p_dweights += i_direction * n_rows * (2 * N)
-    p_draw += i_direction * n_rows * channels
+    p_draw += i_direction * n_rows * n_blocks * BLOCK_C
     if i_direction == 0:
         _sum_rows(
             p_dprojected,
@@ -133,6 +142,7 @@ def bidirectional_selective_scan_bwd_kernel_sum(
             n_part,
             n_rows,
             n_copy,
+            n_padded,
             n_blocks,
             channels,
             rank,
@@ -153,6 +163,7 @@ def bidirectional_selective_scan_bwd_kernel_sum(
             n_part,
             n_rows,
             n_copy,
+            n_padded,
             n_blocks,
             channels,
             rank,
@@ -185,6 +196,7 @@ def _unproject(
     n_blocks,
     N: tl.constexpr,
     RANK: tl.constexpr,
+    C: tl.constexpr,
     REVERSE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -215,21 +227,23 @@ def _unproject(
         tail = head
         if narrow != tl.float32:
             tail = tl.load(p_rows + n_part, mask=m_rows, other=0.0)
-        du = load_rows(p_du, o_token, m_token, o_channel, m_channel, channels)
-        draw = load_narrow_rows(p_draw, o_token, m_token, o_channel, m_channel, channels)
+        o_tile = of_blocks(o_token, o_channel, n_padded, C)
+        m_tile = m_token[:, None] & m_channel[None, :]
+        du = tl.load(p_du + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        draw = tl.load(p_draw + o_tile, mask=m_tile, other=0.0)
         # The projections were kept in scan order.
         o_scan = n_padded - 1 - o_token if REVERSE else o_token
         m_low = m_token[:, None] & (o_rank < rank)[None, :]
         low_rank = tl.load(p_projected + o_scan[:, None] * ROW + o_rank[None, :], mask=m_low, other=0.0)
         # A value of one behind the last makes the gradient of the bias another row of the weight's.
         low_rank = tl.where((o_rank == rank)[None, :], 1.0, low_rank)
-        u = load_narrow_rows(p_u, o_token, m_token, o_channel, m_channel, channels).to(narrow)
-        slope = load_rows(p_slope, o_token, m_token, o_channel, m_channel, channels)
+        u = tl.load(p_u + o_tile, mask=m_tile, other=0.0).to(narrow)
+        slope = tl.load(p_slope + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         # Detached from the layout of the product, so that nothing else is exchanged between lanes for it.
         through = _parts_dot(head, tail, weight, tl.zeros(du.shape, tl.float32), PRECISION)
         dconv = (du + tl.reshape(detach_layout(through[None, :, :]), du.shape)) * slope
         p_tile = p_dconv + o_token[:, None] * channels + o_channel[None, :]
-        tl.store(p_tile, dconv.to(p_dconv.dtype.element_ty), mask=m_token[:, None] & m_channel[None, :])
+        tl.store(p_tile, dconv.to(p_dconv.dtype.element_ty), mask=m_tile)
         dbias += tl.sum(dconv, axis=0)
         dweight = _parts_dot(tl.trans(head), tl.trans(tail), u, dweight, PRECISION)
         dt_dweight = split_both_dot(tl.trans(low_rank), draw, dt_dweight, narrow, PRECISION)
@@ -259,6 +273,7 @@ def bidirectional_selective_scan_bwd_kernel_project(
     n_blocks,
     N: tl.constexpr,
     RANK: tl.constexpr,
+    C: tl.constexpr,
     K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -276,10 +291,11 @@ def bidirectional_selective_scan_bwd_kernel_project(
     n_part = tl.num_programs(2).to(tl.int64) * n_padded * (RANK + 2 * N)
     p_dprojected += i_sequence * n_padded * (RANK + 2 * N)
     p_projected += i_sequence * n_padded * (RANK + 2 * N)
-    p_draw += i_sequence * n_padded * channels
-    p_u += i_sequence * n_padded * channels
-    p_slope += i_sequence * n_padded * channels
-    p_du += i_sequence * n_padded * channels
+    o_sequence = i_sequence * n_padded * ((channels + C - 1) // C * C)
+    p_draw += o_sequence
+    p_u += o_sequence
+    p_slope += o_sequence
+    p_du += o_sequence
     p_dconv += i_sequence * length * channels
     i_program = (i_batch * tl.num_programs(1) + tl.program_id(1)) * K + i_direction
     p_partial += i_program * (2 * rank + 2 * N + 2) * channels
@@ -302,6 +318,7 @@ def bidirectional_selective_scan_bwd_kernel_project(
             n_blocks,
             N,
             RANK,
+            C,
             False,
             BLOCK_T,
             BLOCK_C,
@@ -328,6 +345,7 @@ def bidirectional_selective_scan_bwd_kernel_project(
             n_blocks,
             N,
             RANK,
+            C,
             True,
             BLOCK_T,
             BLOCK_C,
@@ -455,7 +473,8 @@ def sum_blocks(launch, dweights: Tensor, draw: Tensor) -> Tensor:
     They are the sum of both parts, if that has 16 bits, and operands of products; float32 has one part.
     """
     dtype = launch.xz.dtype
-    dprojected = launch.empty(1 if dtype == torch.float32 else 2, *draw.shape[:3], launch.row, dtype=dtype)
+    sizes = (1 if dtype == torch.float32 else 2, launch.directions, launch.batch, launch.padded, launch.row)
+    dprojected = launch.empty(*sizes, dtype=dtype)
     rows = launch.batch * launch.padded
     bidirectional_selective_scan_bwd_kernel_sum[(triton.cdiv(rows, _SUM_ROWS), launch.directions)](
         dprojected,
@@ -465,13 +484,14 @@ def sum_blocks(launch, dweights: Tensor, draw: Tensor) -> Tensor:
         launch.parameters[-1][3],
         rows,
         dweights.stride(0),
+        launch.padded,
         dweights.shape[0],
         launch.channels,
         launch.rank,
         N=launch.state,
         RANK=launch.row - 2 * launch.state,
         BLOCK_T=_SUM_ROWS,
-        BLOCK_C=max(16, triton.next_power_of_2(triton.cdiv(launch.channels, dweights.shape[0]))),
+        BLOCK_C=draw.shape[-1],
         BLOCK_R=max(16, triton.next_power_of_2(launch.rank)),
         BLOCK_P=max(16, triton.next_power_of_2(2 * launch.state)),
         PRECISION=launch.precision,
@@ -518,6 +538,7 @@ def project_backward(
         triton.cdiv(min(length, _PROJECT_TOKENS), block_tokens),
         N=launch.state,
         RANK=launch.row - 2 * launch.state,
+        C=u.shape[-1],
         BLOCK_T=block_tokens,
         BLOCK_C=block_channels,
         BLOCK_P=max(16, triton.next_power_of_2(launch.row)),
@@ -525,7 +546,7 @@ def project_backward(
         PRECISION=launch.precision,
         K=directions,
         num_warps=_WARPS,
-        num_stages=1,
+        num_stages=_STAGES,
         **(register_limit(_REGISTERS) if is_narrow and launch.block_rows <= 64 else {}),
     )
     segments = triton.cdiv(length, _CONVOLVE_TOKENS)

@@ -37,17 +37,11 @@ def load_vector(p_vector, o_channel, m_channel):
 
 
 @triton.jit
-def load_narrow_rows(p_rows, o_row, m_row, o_channel, m_channel, stride_row):
-    """Tile (T, C) in its own dtype, zero where masked."""
-    return tl.load(
-        p_rows + o_row[:, None] * stride_row + o_channel[None, :], mask=m_row[:, None] & m_channel[None, :], other=0.0
-    )
-
-
-@triton.jit
 def load_rows(p_rows, o_row, m_row, o_channel, m_channel, stride_row):
     """Tile (T, C) in float32, zero where masked."""
-    return load_narrow_rows(p_rows, o_row, m_row, o_channel, m_channel, stride_row).to(tl.float32)
+    return tl.load(
+        p_rows + o_row[:, None] * stride_row + o_channel[None, :], mask=m_row[:, None] & m_channel[None, :], other=0.0
+    ).to(tl.float32)
 
 
 @triton.jit
@@ -58,6 +52,16 @@ def block_channels(i_block, channels: tl.constexpr, C: tl.constexpr):
     """
     o_channel = i_block * C + tl.max_contiguous(tl.arange(0, C), 4)
     return o_channel, (o_channel < channels) | (channels % C == 0)
+
+
+@triton.jit
+def of_blocks(o_token, o_channel, n_padded, C: tl.constexpr):
+    """Places (T, C') of tokens and channels in a tensor (channel blocks, padded L, C).
+
+    What a scan reads lies together, or it would fill the cache with lines of which it needs a quarter.
+    """
+    places = o_token[:, None] * C + (o_channel // C * (n_padded * C) + o_channel % C)[None, :]
+    return tl.max_contiguous(tl.multiple_of(places, [1, 4]), [1, 4])
 
 
 @triton.jit
@@ -239,7 +243,7 @@ def store_weight_sums(p_dB, shares0, shares1, shares2, shares3, STEP: tl.constex
     pointers = p_dB + o_sum // (2 * S) * STEP + o_sum // S % 2 * N + o_state
     # Lanes have the values as they were added, one by one: as vectors they would be exchanged again.
     pointers = tl.max_contiguous(pointers, [1])
-    tl.store(pointers, sums, mask=(o_state < N) | (S == N))
+    tl.store(pointers, sums.to(p_dB.dtype.element_ty), mask=(o_state < N) | (S == N))
 
 
 @triton.jit
