@@ -33,8 +33,8 @@ def _direction(
     p_dt_bias,
     o_token,
     o_scan,
-    o_tile,
     m_tile,
+    n_padded,
     length,
     o_channel,
     m_channel,
@@ -43,6 +43,7 @@ def _direction(
     stride_token,
     W: tl.constexpr,
     ROW: tl.constexpr,
+    C: tl.constexpr,
     REVERSE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -55,6 +56,7 @@ def _direction(
     raw = tl.reshape(detach_layout(raw[None, :, :]), raw.shape)  # else what follows gets the layout of the product
     raw += load_vector(p_dt_bias, o_channel, m_channel)[None, :]
     conv = convolve(p_x, p_taps, o_token, length, o_channel, m_channel, channels, stride_token, REVERSE, W)
+    o_tile = of_blocks(o_scan, o_channel, n_padded, C)
     gate = sigmoid(conv)
     u = tl.where((o_token < length)[:, None], conv * gate, 0.0)
     slope = gate * (1.0 + conv * (1.0 - gate))
@@ -130,8 +132,8 @@ def bidirectional_selective_scan_bwd_kernel_again(
         p_dt_bias,
         o_token,
         o_token,
-        o_tile,
         m_tile,
+        n_padded,
         length,
         o_channel,
         m_channel,
@@ -140,6 +142,7 @@ def bidirectional_selective_scan_bwd_kernel_again(
         stride_x_token,
         W,
         ROW,
+        C,
         False,
         BLOCK_R,
         PRECISION,
@@ -156,8 +159,8 @@ def bidirectional_selective_scan_bwd_kernel_again(
             p_dt_bias_b,
             o_token,
             n_padded - 1 - o_token,
-            o_tile,
             m_tile,
+            n_padded,
             length,
             o_channel,
             m_channel,
@@ -166,6 +169,7 @@ def bidirectional_selective_scan_bwd_kernel_again(
             stride_x_token,
             W,
             ROW,
+            C,
             True,
             BLOCK_R,
             PRECISION,
@@ -175,9 +179,10 @@ def bidirectional_selective_scan_bwd_kernel_again(
 def scan_inputs(
     launch, block: int, dout: Tensor, scale: float, projected: Tensor, taps: Tensor, y: Tensor, dxz: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs, slopes of their SiLU and step sizes (K, B, channel blocks, padded L, block) of both directions.
+    """Inputs, slopes of their SiLU and step sizes (K, B, channel blocks, padded L, block), in scan order.
 
-    And in float32 the gradient of their sum (B, channel blocks, padded L, block). Fills the gate's half of ``dxz``.
+    And in float32 the gradient of the sum of both directions (B, channel blocks, padded L, block), in the order of
+    tokens. Fills the gate's half of ``dxz``.
     """
     sizes = (launch.batch, triton.cdiv(launch.channels, block), launch.padded, block)
     dtype = launch.xz.dtype if launch.channels >= _NARROW_CHANNELS else projected.dtype

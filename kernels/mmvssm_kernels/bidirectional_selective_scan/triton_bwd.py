@@ -27,7 +27,6 @@ from .triton_tile import (
     of_lanes,
     of_states,
     quarter_pointers,
-    scan_segment,
     state_axes,
     state_pointers,
     state_rates,
@@ -88,12 +87,10 @@ def _summarize(flow, steps, rate, p_dt, p_w, p_C, o_local, o_state, N: tl.conste
 
 
 @triton.jit
-def _touch_tile(p_rows, i_tile, STEP: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
+def _touch_rows(p_rows, T: tl.constexpr, C: tl.constexpr):
     """One value of every 32 bytes of a tile of rows."""
     VALUES: tl.constexpr = 256 // p_rows.dtype.element_ty.primitive_bitwidth
-    # The first row of the tile in memory is its last one in scan order if that is reversed.
-    o_first = i_tile * T * STEP + (T - 1) * min(STEP, 0)
-    return tl.load(p_rows + o_first + tl.arange(0, T * C // VALUES) * VALUES)
+    return tl.load(p_rows + tl.arange(0, T * C // VALUES) * VALUES)
 
 
 @triton.jit
@@ -105,206 +102,29 @@ def _touch(
     p_border,
     i_tile,
     o_block,
+    step_w,
     channels: tl.constexpr,
     N: tl.constexpr,
     ROW: tl.constexpr,
-    STEP: tl.constexpr,
     T: tl.constexpr,
     C: tl.constexpr,
     NS: tl.constexpr,
     SUMMARY: tl.constexpr,
 ):
     """Values of a tile from all over memory that is read when it is walked, so that the cache has it by then."""
-    dt = _touch_tile(p_dt, i_tile, STEP, T, C)
-    w = _touch_tile(p_w, i_tile, STEP, T, C)
+    dt = _touch_rows(p_dt + i_tile * T * C, T, C)
+    w = _touch_rows(p_w + i_tile * T * step_w + (T - 1) * tl.minimum(step_w, 0), T, C)
     o_weight = tl.arange(0, max(1, NS // 4))[None, :] * 8
     p_weights = p_projected + (i_tile * T + tl.arange(0, T))[:, None] * ROW + o_weight
     weights = tl.load(p_weights, mask=tl.broadcast_to(o_weight < 2 * N, p_weights.shape), other=0.0)
     if SUMMARY:
         return dt, w, weights
     else:
-        u = _touch_tile(p_u, i_tile, STEP, T, C)
+        u = _touch_rows(p_u + i_tile * T * C, T, C)
         o_state = o_block + tl.arange(0, max(1, NS * C // 8)) * 8
         p_states = p_border + (i_tile.to(tl.int64) - 1) * N * channels + o_state
         states = tl.load(p_states, mask=(o_state < channels * N) & (i_tile > 0), other=0.0)
         return dt, w, weights, u, states
-
-
-@triton.jit
-def _walk(
-    p_u,
-    p_dt,
-    p_w,
-    p_projected,
-    p_border,
-    p_summary,
-    p_step,
-    p_enter,
-    p_du,
-    p_draw,
-    p_dweights,
-    p_partial,
-    p_A_log,
-    p_skip,
-    channels: tl.constexpr,
-    n_all,
-    n_tiles,
-    n_segments,
-    N: tl.constexpr,
-    RANK: tl.constexpr,
-    K: tl.constexpr,
-    REVERSE: tl.constexpr,
-    SUMMARY: tl.constexpr,
-    SEGMENTED: tl.constexpr,
-    T: tl.constexpr,
-    NR: tl.constexpr,
-    NG: tl.constexpr,
-    CR: tl.constexpr,
-    NL: tl.constexpr,
-    CL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The programs of one direction."""
-    C: tl.constexpr = CR * CL
-    ROW: tl.constexpr = RANK + 2 * N
-    i_block = tl.program_id(0)
-    n_blocks = tl.num_programs(0)
-    i_segment = tl.program_id(1)
-    i_direction = 1 if REVERSE else 0
-    n_batch = tl.num_programs(2) // K
-    i_batch = tl.program_id(2).to(tl.int64) - i_direction * n_batch
-    i_sequence = i_direction * n_batch + i_batch
-    i_program = (i_sequence * n_segments + i_segment) * n_blocks + i_block
-    # Rows lie in the order of tokens, except those of the projections and states that were kept.
-    o_last = n_all * T - 1 if REVERSE else 0
-    STEP: tl.constexpr = -C if REVERSE else C
-    WEIGHTS: tl.constexpr = -2 * N if REVERSE else 2 * N
-    p_w += ((i_batch * n_blocks + i_block) * n_all * T + o_last) * C
-    o_sequence = ((i_sequence * n_blocks + i_block) * n_all * T + o_last) * C
-    p_u += o_sequence
-    p_dt += o_sequence
-    p_du += o_sequence
-    p_draw += o_sequence
-    p_projected += i_sequence * n_all * T * ROW + RANK
-    p_dweights += ((i_block.to(tl.int64) * K * n_batch + i_sequence) * n_all * T + o_last) * (2 * N)
-    p_border += i_sequence * (n_all - 1) * N * channels
-    p_summary += i_sequence * n_segments * N * channels
-    p_step += i_sequence * n_segments * channels
-    p_partial += ((i_batch * n_segments + i_segment) * K + i_direction) * (N + 1) * channels
-    # States are found at the same places behind the first one of the block.
-    o_block = i_block * C * N
-    p_enter += i_program * ((T // 4 - 1) * N * C) - o_block
-
-    o_state, o_local = state_axes(NR, NG, CR, NL, CL)
-    o_owned = i_block * C + o_local
-    m_owned = (o_owned < channels) | (channels % C == 0)
-    m_states = of_channels(m_owned) & of_states((o_state < N) | (NR * NG * NL == N))
-    rate = state_rates(p_A_log, o_state, o_owned, m_states, N, True)
-    i_first, n_own, i_scan = scan_segment(i_segment, n_segments, n_tiles, n_all, REVERSE)
-    i_back = n_segments - 1 - i_scan
-    flow = tl.zeros(rate.shape, tl.float32)
-    if SEGMENTED and not SUMMARY:
-        # What the segment behind this one in scan order hands on.
-        p_flow = state_pointers(p_summary + (i_back - 1) * N * channels, o_state, o_owned, N, True)
-        flow = tl.load(p_flow, mask=m_states & (i_back > 0), other=0.0)
-    dA = tl.zeros(rate.shape, tl.float32)
-    steps = tl.zeros((CR, NL, CL), tl.float32)
-    dskip = tl.zeros((CR, CL, 4), tl.float32)
-    NS: tl.constexpr = NR * NG * NL
-    i_next = i_first + n_own - 1
-    seen = _touch(p_dt, p_u, p_w, p_projected, p_border, i_next, o_block, channels, N, ROW, STEP, T, C, NS, SUMMARY)
-    for i in range(n_own):
-        i_tile = i_first + n_own - 1 - i
-        o_tile = i_tile * T * STEP
-        p_B = p_projected + i_tile * T * ROW
-        i_next = tl.maximum(i_tile - 1, i_first)
-        seen = _touch(p_dt, p_u, p_w, p_projected, p_border, i_next, o_block, channels, N, ROW, STEP, T, C, NS, SUMMARY)
-        if SUMMARY:
-            for j in range(0, T, 4):
-                k = T - 1 - j
-                p_C = p_B + N + k * ROW
-                p_t = p_dt + o_tile + k * STEP
-                p_v = p_w + o_tile + k * STEP
-                for _ in tl.static_range(4):
-                    flow, steps = _summarize(flow, steps, rate, p_t, p_v, p_C, o_local, o_state, N)
-                    p_C -= ROW
-                    p_t -= STEP
-                    p_v -= STEP
-        else:
-            p_kept = p_border + (i_tile.to(tl.int64) - 1) * N * channels
-            state = tl.load(state_pointers(p_kept, o_state, o_owned, N, True), mask=m_states & (i_tile > 0), other=0.0)
-            for j in range(0, T - 4, 4):
-                p_t = p_dt + o_tile + j * STEP
-                p_v = p_u + o_tile + j * STEP
-                p_b = p_B + j * ROW
-                for _ in tl.static_range(4):
-                    _, _, _, state = _forward(state, rate, p_t, p_v, p_b, o_local, o_state, N)
-                    p_t += STEP
-                    p_v += STEP
-                    p_b += ROW
-                p_to = state_pointers(p_enter + j // 4 * (N * C), o_state, o_owned, N, True)
-                tl.store(p_to, state, mask=m_states)
-            for i_group in range(T // 4):
-                j = T - 4 - 4 * i_group
-                o_group = o_tile + j * STEP
-                p_t = p_dt + o_group
-                p_v = p_u + o_group
-                p_a = p_w + o_group
-                p_b = p_B + j * ROW
-                h0 = state
-                dt0, v0, a0, h1 = _forward(h0, rate, p_t, p_v, p_b, o_local, o_state, N)
-                p_t += STEP
-                p_v += STEP
-                p_b += ROW
-                dt1, v1, a1, h2 = _forward(h1, rate, p_t, p_v, p_b, o_local, o_state, N)
-                p_t += STEP
-                p_v += STEP
-                p_b += ROW
-                dt2, v2, a2, h3 = _forward(h2, rate, p_t, p_v, p_b, o_local, o_state, N)
-                p_t += STEP
-                p_v += STEP
-                p_b += ROW
-                dt3, v3, a3, h4 = _forward(h3, rate, p_t, p_v, p_b, o_local, o_state, N)
-                p_a += 3 * STEP
-                flow, dA, s3, r3 = _backward(flow, dA, h3, h4, a3, dt3, v3, rate, p_a, p_b, o_local, o_state, N)
-                p_a -= STEP
-                p_b -= ROW
-                flow, dA, s2, r2 = _backward(flow, dA, h2, h3, a2, dt2, v2, rate, p_a, p_b, o_local, o_state, N)
-                # The state that enters the group before this one is loaded ahead.
-                p_from = tl.where(j > 4, p_enter + (j // 4 - 2) * (N * C), p_kept)
-                m_from = m_states & ((j > 4) | ((j > 0) & (i_tile > 0)))
-                state = tl.load(state_pointers(p_from, o_state, o_owned, N, True), mask=m_from, other=0.0)
-                tl.debug_barrier()  # otherwise the compiler moves the load to where its result is used
-                p_a -= STEP
-                p_b -= ROW
-                flow, dA, s1, r1 = _backward(flow, dA, h1, h2, a1, dt1, v1, rate, p_a, p_b, o_local, o_state, N)
-                p_a -= STEP
-                p_b -= ROW
-                flow, dA, s0, r0 = _backward(flow, dA, h0, h1, a0, dt0, v0, rate, p_a, p_b, o_local, o_state, N)
-                q, r = input_sums(r0, r1, r2, r3, p_u.dtype.element_ty != tl.float32, PRECISION)
-                u = tl.load(quarter_pointers(p_u + o_group, o_local, STEP)).to(tl.float32)
-                dt = tl.load(quarter_pointers(p_dt + o_group, o_local, STEP)).to(tl.float32)
-                w = tl.load(quarter_pointers(p_w + o_group, o_local, STEP))
-                skip = tl.load(p_skip + o_owned, mask=m_owned, other=0.0).to(tl.float32)[:, :, None]
-                dskip += u * w
-                p_to = quarter_pointers(p_du + o_group, o_local, STEP)
-                tl.store(p_to, (dt * q + skip * w).to(p_du.dtype.element_ty))
-                p_to = quarter_pointers(p_draw + o_group, o_local, STEP)
-                draw = (u * q + LN_2 * r) * softplus_slope(dt)
-                tl.store(p_to, draw.to(p_draw.dtype.element_ty))
-                store_weight_sums(p_dweights + (i_tile * T + j) * WEIGHTS, s0, s1, s2, s3, WEIGHTS, N)
-    # Otherwise the compiler would leave out the loads. The scratch has no other use any more.
-    for k in tl.static_range(len(seen)):
-        tl.store(p_enter + o_block + tl.arange(0, seen[k].numel), tl.reshape(seen[k], (seen[k].numel,)).to(tl.float32))
-    if SUMMARY:
-        p_to = state_pointers(p_summary + i_back * N * channels, o_state, o_owned, N, True)
-        tl.store(p_to, flow, mask=m_states)
-        store_of_channels(p_step + i_back * channels, steps, o_owned, m_owned, NL, True)
-    else:
-        # A = -exp(A_log), so the gradient of A_log is A times that of A.
-        p_dA = p_partial + of_states(o_state) * channels + of_channels(o_owned)
-        tl.store(p_dA, dA * (rate * LN_2), mask=m_states)
-        tl.store(p_partial + N * channels + o_owned, tl.sum(dskip, axis=2), mask=m_owned)
 
 
 @triton.jit(do_not_specialize=RUN_TIME_SIZES)
@@ -347,75 +167,149 @@ def bidirectional_selective_scan_bwd_kernel_scan(
     Writes du and draw (K, B, blocks, padded L, C), of step sizes before their softplus; dweights (blocks, K, B,
     padded L, 2N); and of every program's partial sums (B S, K, N + 1, E) the rows of A_log and D.
     """
-    # One direction after the other, so that a multiprocessor has the code of one of them to hold.
-    if tl.program_id(2) < tl.num_programs(2) // K:
-        _walk(
-            p_u,
-            p_dt,
-            p_w,
-            p_projected,
-            p_border,
-            p_summary,
-            p_step,
-            p_enter,
-            p_du,
-            p_draw,
-            p_dweights,
-            p_partial,
-            p_A_log,
-            p_skip,
-            channels,
-            n_all,
-            n_tiles,
-            n_segments,
-            N,
-            RANK,
-            K,
-            False,
-            SUMMARY,
-            SEGMENTED,
-            T,
-            NR,
-            NG,
-            CR,
-            NL,
-            CL,
-            PRECISION,
+    C: tl.constexpr = CR * CL
+    ROW: tl.constexpr = RANK + 2 * N
+    i_block = tl.program_id(0)
+    n_blocks = tl.num_programs(0)
+    i_segment = tl.program_id(1)
+    n_batch = tl.num_programs(2) // K
+    i_sequence = tl.program_id(2).to(tl.int64)
+    i_batch = i_sequence % n_batch
+    is_other = i_sequence >= n_batch
+    if K == 2:
+        p_A_log = tl.where(is_other, p_A_log_b, p_A_log)
+        p_skip = tl.where(is_other, p_skip_b, p_skip)
+    i_program = (i_sequence * n_segments + i_segment) * n_blocks + i_block
+    # Everything lies in scan order, except the gradient of the results, which both directions share.
+    step_w = tl.where(is_other, -C, C)
+    p_w += (i_batch * n_blocks + i_block) * n_all * T * C + tl.where(is_other, (n_all * T - 1) * C, 0)
+    o_sequence = (i_sequence * n_blocks + i_block) * n_all * T * C
+    p_u += o_sequence
+    p_dt += o_sequence
+    p_du += o_sequence
+    p_draw += o_sequence
+    p_projected += i_sequence * n_all * T * ROW + RANK
+    p_dweights += (i_block.to(tl.int64) * K * n_batch + i_sequence) * n_all * T * (2 * N)
+    p_border += i_sequence * (n_all - 1) * N * channels
+    p_summary += i_sequence * n_segments * N * channels
+    p_step += i_sequence * n_segments * channels
+    p_partial += ((i_batch * n_segments + i_segment) * K + is_other) * (N + 1) * channels
+    # States are found at the same places behind the first one of the block.
+    o_block = i_block * C * N
+    p_enter += i_program * ((T // 4 - 1) * N * C) - o_block
+
+    o_state, o_local = state_axes(NR, NG, CR, NL, CL)
+    o_owned = i_block * C + o_local
+    m_owned = (o_owned < channels) | (channels % C == 0)
+    m_states = of_channels(m_owned) & of_states((o_state < N) | (NR * NG * NL == N))
+    rate = state_rates(p_A_log, o_state, o_owned, m_states, N, True)
+    i_first = i_segment * n_tiles
+    n_own = tl.minimum(n_tiles, n_all - i_first)
+    i_back = n_segments - 1 - i_segment
+    flow = tl.zeros(rate.shape, tl.float32)
+    if SEGMENTED and not SUMMARY:
+        # What the segment behind this one in scan order hands on.
+        p_flow = state_pointers(p_summary + (i_back - 1) * N * channels, o_state, o_owned, N, True)
+        flow = tl.load(p_flow, mask=m_states & (i_back > 0), other=0.0)
+    dA = tl.zeros(rate.shape, tl.float32)
+    steps = tl.zeros((CR, NL, CL), tl.float32)
+    dskip = tl.zeros((CR, CL, 4), tl.float32)
+    NS: tl.constexpr = NR * NG * NL
+    i_next = i_first + n_own - 1
+    seen = _touch(p_dt, p_u, p_w, p_projected, p_border, i_next, o_block, step_w, channels, N, ROW, T, C, NS, SUMMARY)
+    for i in range(n_own):
+        i_tile = i_first + n_own - 1 - i
+        o_tile = i_tile * T * C
+        p_B = p_projected + i_tile * T * ROW
+        i_next = tl.maximum(i_tile - 1, i_first)
+        seen = _touch(
+            p_dt, p_u, p_w, p_projected, p_border, i_next, o_block, step_w, channels, N, ROW, T, C, NS, SUMMARY
         )
+        if SUMMARY:
+            for j in range(0, T, 4):
+                k = T - 1 - j
+                p_C = p_B + N + k * ROW
+                p_t = p_dt + o_tile + k * C
+                p_v = p_w + (i_tile * T + k) * step_w
+                for _ in tl.static_range(4):
+                    flow, steps = _summarize(flow, steps, rate, p_t, p_v, p_C, o_local, o_state, N)
+                    p_C -= ROW
+                    p_t -= C
+                    p_v -= step_w
+        else:
+            p_kept = p_border + (i_tile.to(tl.int64) - 1) * N * channels
+            state = tl.load(state_pointers(p_kept, o_state, o_owned, N, True), mask=m_states & (i_tile > 0), other=0.0)
+            for j in range(0, T - 4, 4):
+                p_t = p_dt + o_tile + j * C
+                p_v = p_u + o_tile + j * C
+                p_b = p_B + j * ROW
+                for _ in tl.static_range(4):
+                    _, _, _, state = _forward(state, rate, p_t, p_v, p_b, o_local, o_state, N)
+                    p_t += C
+                    p_v += C
+                    p_b += ROW
+                p_to = state_pointers(p_enter + j // 4 * (N * C), o_state, o_owned, N, True)
+                tl.store(p_to, state, mask=m_states)
+            for i_group in range(T // 4):
+                j = T - 4 - 4 * i_group
+                o_group = o_tile + j * C
+                p_t = p_dt + o_group
+                p_v = p_u + o_group
+                p_a = p_w + (i_tile * T + j + 3) * step_w
+                p_b = p_B + j * ROW
+                h0 = state
+                dt0, v0, a0, h1 = _forward(h0, rate, p_t, p_v, p_b, o_local, o_state, N)
+                p_t += C
+                p_v += C
+                p_b += ROW
+                dt1, v1, a1, h2 = _forward(h1, rate, p_t, p_v, p_b, o_local, o_state, N)
+                p_t += C
+                p_v += C
+                p_b += ROW
+                dt2, v2, a2, h3 = _forward(h2, rate, p_t, p_v, p_b, o_local, o_state, N)
+                p_t += C
+                p_v += C
+                p_b += ROW
+                dt3, v3, a3, h4 = _forward(h3, rate, p_t, p_v, p_b, o_local, o_state, N)
+                flow, dA, s3, r3 = _backward(flow, dA, h3, h4, a3, dt3, v3, rate, p_a, p_b, o_local, o_state, N)
+                p_a -= step_w
+                p_b -= ROW
+                flow, dA, s2, r2 = _backward(flow, dA, h2, h3, a2, dt2, v2, rate, p_a, p_b, o_local, o_state, N)
+                # The state that enters the group before this one is loaded ahead.
+                p_from = tl.where(j > 4, p_enter + (j // 4 - 2) * (N * C), p_kept)
+                m_from = m_states & ((j > 4) | ((j > 0) & (i_tile > 0)))
+                state = tl.load(state_pointers(p_from, o_state, o_owned, N, True), mask=m_from, other=0.0)
+                tl.debug_barrier()  # otherwise the compiler moves the load to where its result is used
+                p_a -= step_w
+                p_b -= ROW
+                flow, dA, s1, r1 = _backward(flow, dA, h1, h2, a1, dt1, v1, rate, p_a, p_b, o_local, o_state, N)
+                p_a -= step_w
+                p_b -= ROW
+                flow, dA, s0, r0 = _backward(flow, dA, h0, h1, a0, dt0, v0, rate, p_a, p_b, o_local, o_state, N)
+                q, r = input_sums(r0, r1, r2, r3, p_u.dtype.element_ty != tl.float32, PRECISION)
+                u = tl.load(quarter_pointers(p_u + o_group, o_local, C)).to(tl.float32)
+                dt = tl.load(quarter_pointers(p_dt + o_group, o_local, C)).to(tl.float32)
+                w = tl.load(quarter_pointers(p_a, o_local, step_w))
+                skip = tl.load(p_skip + o_owned, mask=m_owned, other=0.0).to(tl.float32)[:, :, None]
+                dskip += u * w
+                p_to = quarter_pointers(p_du + o_group, o_local, C)
+                tl.store(p_to, (dt * q + skip * w).to(p_du.dtype.element_ty))
+                p_to = quarter_pointers(p_draw + o_group, o_local, C)
+                draw = (u * q + LN_2 * r) * softplus_slope(dt)
+                tl.store(p_to, draw.to(p_draw.dtype.element_ty))
+                store_weight_sums(p_dweights + (i_tile * T + j) * (2 * N), s0, s1, s2, s3, 2 * N, N)
+    # Otherwise the compiler would leave out the loads. The scratch has no other use any more.
+    for k in tl.static_range(len(seen)):
+        tl.store(p_enter + o_block + tl.arange(0, seen[k].numel), tl.reshape(seen[k], (seen[k].numel,)).to(tl.float32))
+    if SUMMARY:
+        p_to = state_pointers(p_summary + i_back * N * channels, o_state, o_owned, N, True)
+        tl.store(p_to, flow, mask=m_states)
+        store_of_channels(p_step + i_back * channels, steps, o_owned, m_owned, NL, True)
     else:
-        _walk(
-            p_u,
-            p_dt,
-            p_w,
-            p_projected,
-            p_border,
-            p_summary,
-            p_step,
-            p_enter,
-            p_du,
-            p_draw,
-            p_dweights,
-            p_partial,
-            p_A_log_b,
-            p_skip_b,
-            channels,
-            n_all,
-            n_tiles,
-            n_segments,
-            N,
-            RANK,
-            K,
-            True,
-            SUMMARY,
-            SEGMENTED,
-            T,
-            NR,
-            NG,
-            CR,
-            NL,
-            CL,
-            PRECISION,
-        )
+        # A = -exp(A_log), so the gradient of A_log is A times that of A.
+        p_dA = p_partial + of_states(o_state) * channels + of_channels(o_owned)
+        tl.store(p_dA, dA * (rate * LN_2), mask=m_states)
+        tl.store(p_partial + N * channels + o_owned, tl.sum(dskip, axis=2), mask=m_owned)
 
 
 def bidirectional_backward(

@@ -18,6 +18,7 @@ from .triton_tile import block_channels, load_rows, load_vector, of_blocks, spli
 # Rows and warps of a program of the first kernel.
 _SUM_ROWS = 32
 _SUM_WARPS = 2
+_SUM_STAGES = 1
 # Tokens of a program of the second and of the third kernel.
 _PROJECT_TOKENS = 256
 _CONVOLVE_TOKENS = 128
@@ -52,57 +53,6 @@ def _parts_dot(head, tail, right, total, PRECISION: tl.constexpr):
         return split_dot(tail, right, total, PRECISION)
 
 
-@triton.jit
-def _sum_rows(
-    p_dprojected,
-    p_dweights,
-    p_draw,
-    p_dt_weight,
-    n_part,
-    n_rows,
-    n_copy,
-    n_padded,
-    n_blocks,
-    channels: tl.constexpr,
-    rank,
-    N: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    i_first = tl.program_id(0).to(tl.int64) * BLOCK_T
-    p_dprojected += i_first * (RANK + 2 * N)
-    p_dweights += i_first * (2 * N)
-    o_row = tl.arange(0, BLOCK_T)
-    m_row = o_row < n_rows - i_first
-    o_rank = tl.arange(0, BLOCK_R)
-    o_weight = tl.arange(0, BLOCK_P)
-    m_weight = m_row[:, None] & (o_weight < 2 * N)[None, :]
-    p_weights = p_dweights + o_row[:, None] * (2 * N) + o_weight[None, :]
-    i_row = i_first + o_row
-    p_rows = p_draw + (i_row // n_padded * (n_blocks * n_padded) + i_row % n_padded) * BLOCK_C
-    p_tile = p_rows[:, None] + tl.max_contiguous(tl.arange(0, BLOCK_C), 4)[None, :]
-    narrow = p_dprojected.dtype.element_ty
-    weights = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
-    low_rank = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    for i in range(n_blocks):
-        o_channel, m_channel = block_channels(i, channels, BLOCK_C)
-        weights += tl.load(p_weights, mask=m_weight, other=0.0).to(tl.float32)
-        p_weights += n_copy
-        draw = tl.load(p_tile, mask=m_row[:, None], other=0.0)
-        p_tile += n_padded * BLOCK_C
-        p_weight = p_dt_weight + o_channel[:, None] * rank + o_rank[None, :]
-        weight = tl.load(p_weight, mask=m_channel[:, None] & (o_rank < rank)[None, :], other=0.0)
-        low_rank = split_dot(draw, weight.to(narrow), low_rank, PRECISION)
-    p_rows = p_dprojected + o_row[:, None] * (RANK + 2 * N)
-    m_rank = m_row[:, None] & (o_rank < RANK)[None, :]  # zeros behind the rank
-    _store_parts(p_rows + o_rank[None, :], low_rank, m_rank, n_part, narrow)
-    _store_parts(p_rows + RANK + o_weight[None, :], weights, m_weight, n_part, narrow)
-
-
 @triton.jit(do_not_specialize=["n_rows", "n_copy", "n_padded"])
 def bidirectional_selective_scan_bwd_kernel_sum(
     p_dprojected,
@@ -133,125 +83,36 @@ def bidirectional_selective_scan_bwd_kernel_sum(
     p_dprojected += i_direction * n_rows * (RANK + 2 * N)
     p_dweights += i_direction * n_rows * (2 * N)
     p_draw += i_direction * n_rows * n_blocks * BLOCK_C
-    if i_direction == 0:
-        _sum_rows(
-            p_dprojected,
-            p_dweights,
-            p_draw,
-            p_dt_weight,
-            n_part,
-            n_rows,
-            n_copy,
-            n_padded,
-            n_blocks,
-            channels,
-            rank,
-            N,
-            RANK,
-            BLOCK_T,
-            BLOCK_C,
-            BLOCK_R,
-            BLOCK_P,
-            PRECISION,
-        )
-    else:
-        _sum_rows(
-            p_dprojected,
-            p_dweights,
-            p_draw,
-            p_dt_weight_b,
-            n_part,
-            n_rows,
-            n_copy,
-            n_padded,
-            n_blocks,
-            channels,
-            rank,
-            N,
-            RANK,
-            BLOCK_T,
-            BLOCK_C,
-            BLOCK_R,
-            BLOCK_P,
-            PRECISION,
-        )
-
-
-@triton.jit
-def _unproject(
-    p_dprojected,
-    p_projected,
-    p_u,
-    p_slope,
-    p_draw,
-    p_du,
-    p_dconv,
-    p_x_weight,
-    p_partial,
-    length,
-    channels: tl.constexpr,
-    rank,
-    n_padded,
-    n_part,
-    n_blocks,
-    N: tl.constexpr,
-    RANK: tl.constexpr,
-    C: tl.constexpr,
-    REVERSE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    ROW: tl.constexpr = RANK + 2 * N
-    o_channel, m_channel = block_channels(tl.program_id(0), channels, BLOCK_C)
-    o_row = tl.arange(0, BLOCK_P)
-    # Row of the weight that belongs to a column of projections; those between rank and RANK are padding.
-    o_weight = tl.where(o_row < RANK, o_row, o_row - RANK + rank)
-    m_row = (o_row < rank) | ((o_row >= RANK) & (o_row < ROW))
-    m_weight = m_row[:, None] & m_channel[None, :]
-    narrow = p_dconv.dtype.element_ty
-    o_x_weight = o_weight[:, None] * channels + o_channel[None, :]
-    weight = tl.load(p_x_weight + o_x_weight, mask=m_weight, other=0.0).to(narrow)
-    dweight = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    dbias = tl.zeros((BLOCK_C,), tl.float32)
+    if tl.num_programs(1) == 2:
+        p_dt_weight = tl.where(i_direction == 1, p_dt_weight_b, p_dt_weight)
+    i_first = tl.program_id(0).to(tl.int64) * BLOCK_T
+    p_dprojected += i_first * (RANK + 2 * N)
+    p_dweights += i_first * (2 * N)
+    o_row = tl.arange(0, BLOCK_T)
+    m_row = o_row < n_rows - i_first
     o_rank = tl.arange(0, BLOCK_R)
-    dt_dweight = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    o_weight = tl.arange(0, BLOCK_P)
+    m_weight = m_row[:, None] & (o_weight < 2 * N)[None, :]
+    p_weights = p_dweights + o_row[:, None] * (2 * N) + o_weight[None, :]
+    i_row = i_first + o_row
+    p_rows = p_draw + (i_row // n_padded * (n_blocks * n_padded) + i_row % n_padded) * BLOCK_C
+    p_tile = p_rows[:, None] + tl.max_contiguous(tl.arange(0, BLOCK_C), 4)[None, :]
+    narrow = p_dprojected.dtype.element_ty
+    weights = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
+    low_rank = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     for i in range(n_blocks):
-        o_token = (tl.program_id(1) * n_blocks + i) * BLOCK_T + tl.arange(0, BLOCK_T)
-        m_token = o_token < length
-        p_rows = p_dprojected + o_token[:, None] * ROW + o_row[None, :]
-        m_rows = m_token[:, None] & (o_row < ROW)[None, :]
-        head = tl.load(p_rows, mask=m_rows, other=0.0)
-        tail = head
-        if narrow != tl.float32:
-            tail = tl.load(p_rows + n_part, mask=m_rows, other=0.0)
-        o_tile = of_blocks(o_token, o_channel, n_padded, C)
-        m_tile = m_token[:, None] & m_channel[None, :]
-        du = tl.load(p_du + o_tile, mask=m_tile, other=0.0).to(tl.float32)
-        draw = tl.load(p_draw + o_tile, mask=m_tile, other=0.0)
-        # The projections were kept in scan order.
-        o_scan = n_padded - 1 - o_token if REVERSE else o_token
-        m_low = m_token[:, None] & (o_rank < rank)[None, :]
-        low_rank = tl.load(p_projected + o_scan[:, None] * ROW + o_rank[None, :], mask=m_low, other=0.0)
-        # A value of one behind the last makes the gradient of the bias another row of the weight's.
-        low_rank = tl.where((o_rank == rank)[None, :], 1.0, low_rank)
-        u = tl.load(p_u + o_tile, mask=m_tile, other=0.0).to(narrow)
-        slope = tl.load(p_slope + o_tile, mask=m_tile, other=0.0).to(tl.float32)
-        # Detached from the layout of the product, so that nothing else is exchanged between lanes for it.
-        through = _parts_dot(head, tail, weight, tl.zeros(du.shape, tl.float32), PRECISION)
-        dconv = (du + tl.reshape(detach_layout(through[None, :, :]), du.shape)) * slope
-        p_tile = p_dconv + o_token[:, None] * channels + o_channel[None, :]
-        tl.store(p_tile, dconv.to(p_dconv.dtype.element_ty), mask=m_tile)
-        dbias += tl.sum(dconv, axis=0)
-        dweight = _parts_dot(tl.trans(head), tl.trans(tail), u, dweight, PRECISION)
-        dt_dweight = split_both_dot(tl.trans(low_rank), draw, dt_dweight, narrow, PRECISION)
-    tl.store(p_partial + o_channel, dbias, mask=m_channel)
-    tl.store(p_partial + channels + o_x_weight, dweight, mask=m_weight)
-    p_partial += (rank + 2 * N + 1) * channels
-    o_dt_weight = o_rank[:, None] * channels + o_channel[None, :]
-    tl.store(p_partial + o_dt_weight, dt_dweight, mask=(o_rank <= rank)[:, None] & m_channel[None, :])
+        o_channel, m_channel = block_channels(i, channels, BLOCK_C)
+        weights += tl.load(p_weights, mask=m_weight, other=0.0).to(tl.float32)
+        p_weights += n_copy
+        draw = tl.load(p_tile, mask=m_row[:, None], other=0.0)
+        p_tile += n_padded * BLOCK_C
+        p_weight = p_dt_weight + o_channel[:, None] * rank + o_rank[None, :]
+        weight = tl.load(p_weight, mask=m_channel[:, None] & (o_rank < rank)[None, :], other=0.0)
+        low_rank = split_dot(draw, weight.to(narrow), low_rank, PRECISION)
+    p_rows = p_dprojected + o_row[:, None] * (RANK + 2 * N)
+    m_rank = m_row[:, None] & (o_rank < RANK)[None, :]  # zeros behind the rank
+    _store_parts(p_rows + o_rank[None, :], low_rank, m_rank, n_part, narrow)
+    _store_parts(p_rows + RANK + o_weight[None, :], weights, m_weight, n_part, narrow)
 
 
 @triton.jit(do_not_specialize=["length", "n_padded", "n_blocks"])
@@ -299,60 +160,55 @@ def bidirectional_selective_scan_bwd_kernel_project(
     p_dconv += i_sequence * length * channels
     i_program = (i_batch * tl.num_programs(1) + tl.program_id(1)) * K + i_direction
     p_partial += i_program * (2 * rank + 2 * N + 2) * channels
-    if i_direction == 0:
-        _unproject(
-            p_dprojected,
-            p_projected,
-            p_u,
-            p_slope,
-            p_draw,
-            p_du,
-            p_dconv,
-            p_x_weight,
-            p_partial,
-            length,
-            channels,
-            rank,
-            n_padded,
-            n_part,
-            n_blocks,
-            N,
-            RANK,
-            C,
-            False,
-            BLOCK_T,
-            BLOCK_C,
-            BLOCK_P,
-            BLOCK_R,
-            PRECISION,
-        )
-    else:
-        _unproject(
-            p_dprojected,
-            p_projected,
-            p_u,
-            p_slope,
-            p_draw,
-            p_du,
-            p_dconv,
-            p_x_weight_b,
-            p_partial,
-            length,
-            channels,
-            rank,
-            n_padded,
-            n_part,
-            n_blocks,
-            N,
-            RANK,
-            C,
-            True,
-            BLOCK_T,
-            BLOCK_C,
-            BLOCK_P,
-            BLOCK_R,
-            PRECISION,
-        )
+    p_x_weight = tl.where(i_direction == 1, p_x_weight_b, p_x_weight)
+    ROW: tl.constexpr = RANK + 2 * N
+    o_channel, m_channel = block_channels(tl.program_id(0), channels, BLOCK_C)
+    o_row = tl.arange(0, BLOCK_P)
+    # Row of the weight that belongs to a column of projections; those between rank and RANK are padding.
+    o_weight = tl.where(o_row < RANK, o_row, o_row - RANK + rank)
+    m_row = (o_row < rank) | ((o_row >= RANK) & (o_row < ROW))
+    m_weight = m_row[:, None] & m_channel[None, :]
+    narrow = p_dconv.dtype.element_ty
+    o_x_weight = o_weight[:, None] * channels + o_channel[None, :]
+    weight = tl.load(p_x_weight + o_x_weight, mask=m_weight, other=0.0).to(narrow)
+    dweight = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    dbias = tl.zeros((BLOCK_C,), tl.float32)
+    o_rank = tl.arange(0, BLOCK_R)
+    dt_dweight = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for i in range(n_blocks):
+        o_token = (tl.program_id(1) * n_blocks + i) * BLOCK_T + tl.arange(0, BLOCK_T)
+        m_token = o_token < length
+        # All but the result lies in scan order.
+        o_scan = tl.where(i_direction == 1, n_padded - 1 - o_token, o_token)
+        p_rows = p_dprojected + o_scan[:, None] * ROW + o_row[None, :]
+        m_rows = m_token[:, None] & (o_row < ROW)[None, :]
+        head = tl.load(p_rows, mask=m_rows, other=0.0)
+        tail = head
+        if narrow != tl.float32:
+            tail = tl.load(p_rows + n_part, mask=m_rows, other=0.0)
+        o_tile = of_blocks(o_scan, o_channel, n_padded, C)
+        m_tile = m_token[:, None] & m_channel[None, :]
+        du = tl.load(p_du + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        draw = tl.load(p_draw + o_tile, mask=m_tile, other=0.0)
+        m_low = m_token[:, None] & (o_rank < rank)[None, :]
+        low_rank = tl.load(p_projected + o_scan[:, None] * ROW + o_rank[None, :], mask=m_low, other=0.0)
+        # A value of one behind the last makes the gradient of the bias another row of the weight's.
+        low_rank = tl.where((o_rank == rank)[None, :], 1.0, low_rank)
+        u = tl.load(p_u + o_tile, mask=m_tile, other=0.0).to(narrow)
+        slope = tl.load(p_slope + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        # Detached from the layout of the product, so that nothing else is exchanged between lanes for it.
+        through = _parts_dot(head, tail, weight, tl.zeros(du.shape, tl.float32), PRECISION)
+        dconv = (du + tl.reshape(detach_layout(through[None, :, :]), du.shape)) * slope
+        p_tile = p_dconv + o_token[:, None] * channels + o_channel[None, :]
+        tl.store(p_tile, dconv.to(p_dconv.dtype.element_ty), mask=m_tile)
+        dbias += tl.sum(dconv, axis=0)
+        dweight = _parts_dot(tl.trans(head), tl.trans(tail), u, dweight, PRECISION)
+        dt_dweight = split_both_dot(tl.trans(low_rank), draw, dt_dweight, narrow, PRECISION)
+    tl.store(p_partial + o_channel, dbias, mask=m_channel)
+    tl.store(p_partial + channels + o_x_weight, dweight, mask=m_weight)
+    p_partial += (rank + 2 * N + 1) * channels
+    o_dt_weight = o_rank[:, None] * channels + o_channel[None, :]
+    tl.store(p_partial + o_dt_weight, dt_dweight, mask=(o_rank <= rank)[:, None] & m_channel[None, :])
 
 
 @triton.jit(do_not_specialize=["length", "n_blocks"])
@@ -496,7 +352,7 @@ def sum_blocks(launch, dweights: Tensor, draw: Tensor) -> Tensor:
         BLOCK_P=max(16, triton.next_power_of_2(2 * launch.state)),
         PRECISION=launch.precision,
         num_warps=_SUM_WARPS,
-        num_stages=1,
+        num_stages=_SUM_STAGES,
     )
     return dprojected
 

@@ -281,9 +281,9 @@ def input_sums(shares0, shares1, shares2, shares3, NARROW: tl.constexpr, PRECISI
 
 
 @triton.jit
-def quarter_pointers(p_rows, o_channel, STEP: tl.constexpr):
-    """Pointers (CR, CL, 4) to four rows ``STEP`` apart, in the layout of :func:`input_sums`."""
-    pointers = p_rows + o_channel[:, :, None] + (tl.arange(0, 4) * STEP)[None, None, :]
+def quarter_pointers(p_rows, o_channel, step):
+    """Pointers (CR, CL, 4) to four rows ``step`` apart, in the layout of :func:`input_sums`."""
+    pointers = p_rows + o_channel[:, :, None] + (tl.arange(0, 4) * step)[None, None, :]
     return tl.max_contiguous(pointers, [16, 4, 8])
 
 
