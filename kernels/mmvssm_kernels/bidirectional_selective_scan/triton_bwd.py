@@ -289,7 +289,7 @@ def bidirectional_selective_scan_bwd_kernel_scan(
                 q, r = input_sums(r0, r1, r2, r3, p_u.dtype.element_ty != tl.float32, PRECISION)
                 u = tl.load(quarter_pointers(p_u + o_group, o_local, C)).to(tl.float32)
                 dt = tl.load(quarter_pointers(p_dt + o_group, o_local, C)).to(tl.float32)
-                w = tl.load(quarter_pointers(p_a, o_local, step_w))
+                w = tl.load(quarter_pointers(p_a, o_local, step_w)).to(tl.float32)
                 skip = tl.load(p_skip + o_owned, mask=m_owned, other=0.0).to(tl.float32)[:, :, None]
                 dskip += u * w
                 p_to = quarter_pointers(p_du + o_group, o_local, C)

@@ -79,6 +79,7 @@ def bidirectional_selective_scan_bwd_kernel_sum(
     They are sums of dweights (blocks, K, B L, 2N) and products with draw (K, B, blocks, L, C).
     """
     i_direction = tl.program_id(1).to(tl.int64)
+    n_copy = n_copy // 16 * 16  # tiles have 16 tokens, which the compiler does not know
     n_part = tl.num_programs(1).to(tl.int64) * n_rows * (RANK + 2 * N)
     p_dprojected += i_direction * n_rows * (RANK + 2 * N)
     p_dweights += i_direction * n_rows * (2 * N)
