@@ -63,7 +63,7 @@ def _backward(flow, dA, before, state, decay, dt, dt_u, rate, p_w, p_B, o_local,
 
     ``before`` and ``state`` are the states in front of and behind the token, ``flow`` is what reaches the latter from
     the next one. The sums are those over channels of dB and dC, shares (NR, NG, NL, CL, 2), and those over states of
-    ``grad B`` and ``flow before rate``, shares (CR, NL, CL, 2).
+    ``grad B`` and ``flow before rate``, shares (CR, NL, CL).
     """
     w = _load_channels(p_w, o_local, o_state)
     B = load_weights(p_B, o_state, N)
@@ -73,8 +73,7 @@ def _backward(flow, dA, before, state, decay, dt, dt_u, rate, p_w, p_B, o_local,
     through = flow * before
     dA += through * of_lanes(dt)
     of_weights = tl.join(tl.sum(grad * of_lanes(dt_u), axis=2), tl.sum(state * of_lanes(w), axis=2))
-    of_inputs = tl.join(in_lanes(grad * of_states(B)), in_lanes(through * rate))
-    return flow, dA, of_weights, of_inputs
+    return flow, dA, of_weights, in_lanes(grad * of_states(B)), in_lanes(through * rate)
 
 
 @triton.jit
@@ -215,6 +214,7 @@ def bidirectional_selective_scan_bwd_kernel_scan(
     steps = tl.zeros((CR, NL, CL), tl.float32)
     dskip = tl.zeros((CR, CL, 4), tl.float32)
     NS: tl.constexpr = NR * NG * NL
+    NARROW: tl.constexpr = p_u.dtype.element_ty != tl.float32
     i_next = i_first + n_own - 1
     seen = _touch(p_dt, p_u, p_w, p_projected, p_border, i_next, o_block, step_w, channels, N, ROW, T, C, NS, SUMMARY)
     for i in range(n_own):
@@ -271,10 +271,10 @@ def bidirectional_selective_scan_bwd_kernel_scan(
                 p_v += C
                 p_b += ROW
                 dt3, v3, a3, h4 = _forward(h3, rate, p_t, p_v, p_b, o_local, o_state, N)
-                flow, dA, s3, r3 = _backward(flow, dA, h3, h4, a3, dt3, v3, rate, p_a, p_b, o_local, o_state, N)
+                flow, dA, s3, q3, r3 = _backward(flow, dA, h3, h4, a3, dt3, v3, rate, p_a, p_b, o_local, o_state, N)
                 p_a -= step_w
                 p_b -= ROW
-                flow, dA, s2, r2 = _backward(flow, dA, h2, h3, a2, dt2, v2, rate, p_a, p_b, o_local, o_state, N)
+                flow, dA, s2, q2, r2 = _backward(flow, dA, h2, h3, a2, dt2, v2, rate, p_a, p_b, o_local, o_state, N)
                 # The state that enters the group before this one is loaded ahead.
                 p_from = tl.where(j > 4, p_enter + (j // 4 - 2) * (N * C), p_kept)
                 m_from = m_states & ((j > 4) | ((j > 0) & (i_tile > 0)))
@@ -282,11 +282,12 @@ def bidirectional_selective_scan_bwd_kernel_scan(
                 tl.debug_barrier()  # otherwise the compiler moves the load to where its result is used
                 p_a -= step_w
                 p_b -= ROW
-                flow, dA, s1, r1 = _backward(flow, dA, h1, h2, a1, dt1, v1, rate, p_a, p_b, o_local, o_state, N)
+                flow, dA, s1, q1, r1 = _backward(flow, dA, h1, h2, a1, dt1, v1, rate, p_a, p_b, o_local, o_state, N)
                 p_a -= step_w
                 p_b -= ROW
-                flow, dA, s0, r0 = _backward(flow, dA, h0, h1, a0, dt0, v0, rate, p_a, p_b, o_local, o_state, N)
-                q, r = input_sums(r0, r1, r2, r3, p_u.dtype.element_ty != tl.float32, PRECISION)
+                flow, dA, s0, q0, r0 = _backward(flow, dA, h0, h1, a0, dt0, v0, rate, p_a, p_b, o_local, o_state, N)
+                q = input_sums(q0, q1, q2, q3, NARROW, PRECISION)
+                r = input_sums(r0, r1, r2, r3, NARROW, PRECISION)
                 u = tl.load(quarter_pointers(p_u + o_group, o_local, C)).to(tl.float32)
                 dt = tl.load(quarter_pointers(p_dt + o_group, o_local, C)).to(tl.float32)
                 w = tl.load(quarter_pointers(p_a, o_local, step_w)).to(tl.float32)

@@ -248,36 +248,43 @@ def store_weight_sums(p_dB, shares0, shares1, shares2, shares3, STEP: tl.constex
 
 @triton.jit
 def input_sums(shares0, shares1, shares2, shares3, NARROW: tl.constexpr, PRECISION: tl.constexpr):
-    """Sums over states of four tokens' shares (CR, NL, CL, 2), as two tiles (CR, CL, 4).
+    """Sums over states of four tokens' shares (CR, NL, CL), as a tile (CR, CL, 4).
 
-    Where lanes of a channel are neighbours, their shares lie as a matrix instruction takes its left operand: the
-    product with ones that picks a token and a kind adds them without an exchange, and leaves one token to every lane.
-    Which of its columns a lane holds depends on the loads behind the operand: adjacent pairs if they are ``NARROW``.
+    The shares of four neighbouring lanes lie as a matrix instruction takes its left operand: the product with ones that
+    pick a token adds them without an exchange, and leaves one token to every lane. Which columns of the operand a lane
+    holds depends on the loads behind it: adjacent pairs if they are ``NARROW``.
     """
     CR: tl.constexpr = shares0.shape[0]
     NL: tl.constexpr = shares0.shape[1]
     CL: tl.constexpr = shares0.shape[2]
-    # The last token first, whose shares are there first.
-    shares = tl.join(tl.join(shares3, shares1), tl.join(shares2, shares0))
-    o_share = tl.arange(0, 8 * NL)
-    if NARROW:
-        shares = tl.permute(shares, (0, 2, 4, 5, 1, 3))
-        o_sum = 6 - o_share // (2 * NL) * 2 + o_share % 2
-    else:
-        shares = tl.permute(shares, (0, 2, 4, 5, 3, 1))
-        o_sum = 6 - o_share // (2 * NL) * 2 + o_share // NL % 2
-    shares = tl.reshape(shares, (CR * CL, 8 * NL))
-    if NL > 1:
-        ones = tl.where(o_sum[:, None] == tl.arange(0, 8)[None, :], 1.0, 0.0)
+    if NL == 4:
+        # The last token first, whose shares are there first.
+        shares = tl.join(tl.join(shares3, shares1), tl.join(shares2, shares0))
+        o_share = tl.arange(0, 16)
+        if NARROW:
+            shares = tl.permute(shares, (0, 2, 3, 1, 4))
+            o_token = 3 - o_share // 8 * 2 - o_share % 2
+        else:
+            shares = tl.permute(shares, (0, 2, 3, 4, 1))
+            o_token = 3 - o_share // 4
+        shares = tl.reshape(shares, (CR * CL, 16))
+        ones = tl.where(o_token[:, None] == (tl.arange(0, 8) // 2)[None, :], 1.0, 0.0)
         if PRECISION == "tf32x3":
-            # What the matrix unit cuts off goes through it on its own.
-            head = (shares.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-            sums = tl.dot(shares - head, ones, tl.dot(head, ones, input_precision="tf32"), input_precision="tf32")
+            bits = shares.to(tl.int32, bitcast=True)
+            if NARROW:
+                # Rounded, because the matrix unit cuts off.
+                sums = tl.dot((bits + 4096).to(tl.float32, bitcast=True), ones, input_precision="tf32")
+            else:
+                # What it would cut off goes through it on its own.
+                head = (bits & -8192).to(tl.float32, bitcast=True)
+                sums = tl.dot(shares - head, ones, tl.dot(head, ones, input_precision="tf32"), input_precision="tf32")
         else:
             sums = tl.dot(shares, ones, input_precision=PRECISION)
+        sums, _ = tl.split(tl.reshape(sums, (CR, CL, 4, 2)))
+        return sums
     else:
-        sums = tl.reshape(tl.flip(tl.reshape(shares, (CR * CL, 4, 2)), 1), (CR * CL, 8))
-    return tl.split(tl.reshape(sums, (CR, CL, 4, 2)))
+        shares = tl.sum(tl.join(tl.join(shares0, shares2), tl.join(shares1, shares3)), axis=1)
+        return tl.reshape(shares, (CR, CL, 4))
 
 
 @triton.jit
