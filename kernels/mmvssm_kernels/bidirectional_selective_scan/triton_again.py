@@ -24,9 +24,8 @@ _NARROW_W = False
 
 @triton.jit
 def _direction(
-    p_u,
+    p_inputs,
     p_slope,
-    p_dt,
     p_x,
     p_taps,
     p_projected,
@@ -57,14 +56,14 @@ def _direction(
     raw = tl.reshape(detach_layout(raw[None, :, :]), raw.shape)  # else what follows gets the layout of the product
     raw += load_vector(p_dt_bias, o_channel, m_channel)[None, :]
     conv = convolve(p_x, p_taps, o_token, length, o_channel, m_channel, channels, stride_token, REVERSE, W)
-    o_tile = of_blocks(o_scan, o_channel, n_padded, C)
     gate = sigmoid(conv)
     u = tl.where((o_token < length)[:, None], conv * gate, 0.0)
     slope = gate * (1.0 + conv * (1.0 - gate))
-    tl.store(p_u + o_tile, u.to(p_u.dtype.element_ty), mask=m_tile)
-    tl.store(p_slope + o_tile, slope.to(p_slope.dtype.element_ty), mask=m_tile)
-    SHORT: tl.constexpr = p_dt.dtype.element_ty != tl.float32
-    tl.store(p_dt + o_tile, softplus(raw, SHORT).to(p_dt.dtype.element_ty), mask=m_tile)
+    dtype = p_inputs.dtype.element_ty
+    tl.store(p_slope + of_blocks(o_scan, o_channel, n_padded, C, 1), slope.to(dtype), mask=m_tile)
+    p_tile = p_inputs + of_blocks(o_scan, o_channel, n_padded, C, 2)
+    tl.store(p_tile, softplus(raw, dtype != tl.float32).to(dtype), mask=m_tile)
+    tl.store(p_tile + C, u.to(dtype), mask=m_tile)
 
 
 @triton.jit(do_not_specialize=["scale", "length", "n_padded"])
@@ -74,9 +73,8 @@ def bidirectional_selective_scan_bwd_kernel_again(
     p_projected,
     p_taps,
     p_y,
-    p_u,
+    p_inputs,
     p_slope,
-    p_dt,
     p_w,
     p_dxz,
     p_dt_weight,
@@ -115,7 +113,7 @@ def bidirectional_selective_scan_bwd_kernel_again(
     gate = sigmoid(z)
     # Blocks of the scans may have more channels than there are.
     n_values: tl.constexpr = (channels + C - 1) // C * C
-    o_tile = of_blocks(o_token, o_channel, n_padded, C)
+    o_tile = of_blocks(o_token, o_channel, n_padded, C, 1)
     m_tile = ((o_channel < n_values) | (n_values % BLOCK_C == 0))[None, :]
     tl.store(p_w + i_batch * n_padded * n_values + o_tile, (dout * z * gate).to(p_w.dtype.element_ty), mask=m_tile)
     dz = dout * y * gate * (1.0 + z * (1.0 - gate))
@@ -123,9 +121,8 @@ def bidirectional_selective_scan_bwd_kernel_again(
     p_dz += o_token[:, None] * (2 * channels) + o_channel[None, :]
     tl.store(p_dz, dz.to(p_dxz.dtype.element_ty), mask=m_token[:, None] & m_channel[None, :])
     _direction(
-        p_u + i_batch * n_padded * n_values,
+        p_inputs + i_batch * n_padded * (2 * n_values),
         p_slope + i_batch * n_padded * n_values,
-        p_dt + i_batch * n_padded * n_values,
         p_x,
         p_taps,
         p_projected + i_batch * n_padded * ROW,
@@ -150,9 +147,8 @@ def bidirectional_selective_scan_bwd_kernel_again(
     )
     if K == 2:
         _direction(
-            p_u + i_other * n_padded * n_values,
+            p_inputs + i_other * n_padded * (2 * n_values),
             p_slope + i_other * n_padded * n_values,
-            p_dt + i_other * n_padded * n_values,
             p_x,
             p_taps + (W + 1) * channels,
             p_projected + i_other * n_padded * ROW,
@@ -179,15 +175,16 @@ def bidirectional_selective_scan_bwd_kernel_again(
 
 def scan_inputs(
     launch, block: int, dout: Tensor, scale: float, projected: Tensor, taps: Tensor, y: Tensor, dxz: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs, slopes of their SiLU and step sizes (K, B, channel blocks, padded L, block), in scan order.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Step sizes and inputs (K, B, channel blocks, padded L, 2, block), and slopes of the SiLU behind the inputs.
 
-    And in float32 the gradient of the sum of both directions (B, channel blocks, padded L, block), in the order of
-    tokens. Fills the gate's half of ``dxz``.
+    The slopes (K, B, channel blocks, padded L, block) lie in scan order too; the float32 gradient of the sum of both
+    directions (B, channel blocks, padded L, block) in the order of tokens. Fills the gate's half of ``dxz``.
     """
     sizes = (launch.batch, triton.cdiv(launch.channels, block), launch.padded, block)
     dtype = launch.xz.dtype if launch.channels >= _NARROW_CHANNELS else projected.dtype
-    u, slope, dt = (launch.empty(launch.directions, *sizes, dtype=dtype) for _ in range(3))
+    inputs = launch.empty(launch.directions, *sizes[:3], 2, block, dtype=dtype)
+    slope = launch.empty(launch.directions, *sizes, dtype=dtype)
     w = launch.empty(*sizes, dtype=dtype if _NARROW_W else projected.dtype)
     members = [p[3:5] for p in launch.parameters]
     grid = (triton.cdiv(sizes[1] * block, _CHANNELS), launch.tiles, launch.batch)
@@ -197,9 +194,8 @@ def scan_inputs(
         projected,
         taps,
         y,
-        u,
+        inputs,
         slope,
-        dt,
         w,
         dxz,
         *members[0],
@@ -222,4 +218,4 @@ def scan_inputs(
         num_warps=_WARPS,
         num_stages=1,
     )
-    return u, slope, dt, w
+    return inputs, slope, w

@@ -49,10 +49,10 @@ def _load_channels(p_row, o_local, o_state):
 
 
 @triton.jit
-def _forward(state, rate, p_dt, p_u, p_B, o_local, o_state, N: tl.constexpr):
+def _forward(state, rate, p_dt, p_B, o_local, o_state, N: tl.constexpr):
     """Step size and input (CR, NL, CL) of a token, its decays, and the state behind it."""
     dt = _load_channels(p_dt, o_local, o_state)
-    dt_u = dt * _load_channels(p_u, o_local, o_state)
+    dt_u = dt * _load_channels(p_dt + o_local.numel, o_local, o_state)
     decay = tl.exp2(of_lanes(dt) * rate)
     return dt, dt_u, decay, decay * state + of_lanes(dt_u) * of_states(load_weights(p_B, o_state, N))
 
@@ -95,7 +95,6 @@ def _touch_rows(p_rows, T: tl.constexpr, C: tl.constexpr):
 @triton.jit
 def _touch(
     p_dt,
-    p_u,
     p_w,
     p_projected,
     p_border,
@@ -111,7 +110,8 @@ def _touch(
     SUMMARY: tl.constexpr,
 ):
     """Values of a tile from all over memory that is read when it is walked, so that the cache has it by then."""
-    dt = _touch_rows(p_dt + i_tile * T * C, T, C)
+    # Step sizes and inputs.
+    dt = _touch_rows(p_dt + i_tile * T * (2 * C), T, 2 * C)
     w = _touch_rows(p_w + i_tile * T * step_w + (T - 1) * tl.minimum(step_w, 0), T, C)
     o_weight = tl.arange(0, max(1, NS // 4))[None, :] * 8
     p_weights = p_projected + (i_tile * T + tl.arange(0, T))[:, None] * ROW + o_weight
@@ -119,16 +119,14 @@ def _touch(
     if SUMMARY:
         return dt, w, weights
     else:
-        u = _touch_rows(p_u + i_tile * T * C, T, C)
         o_state = o_block + tl.arange(0, max(1, NS * C // 8)) * 8
         p_states = p_border + (i_tile.to(tl.int64) - 1) * N * channels + o_state
         states = tl.load(p_states, mask=(o_state < channels * N) & (i_tile > 0), other=0.0)
-        return dt, w, weights, u, states
+        return dt, w, weights, states
 
 
 @triton.jit(do_not_specialize=RUN_TIME_SIZES)
 def bidirectional_selective_scan_bwd_kernel_scan(
-    p_u,
     p_dt,
     p_w,
     p_projected,
@@ -136,7 +134,6 @@ def bidirectional_selective_scan_bwd_kernel_scan(
     p_summary,
     p_step,
     p_enter,
-    p_du,
     p_draw,
     p_dweights,
     p_partial,
@@ -163,8 +160,9 @@ def bidirectional_selective_scan_bwd_kernel_scan(
 ):
     """Gradients of inputs and step sizes; or only what each segment's adjoint scan hands on.
 
-    Writes du and draw (K, B, blocks, padded L, C), of step sizes before their softplus; dweights (blocks, K, B,
-    padded L, 2N); and of every program's partial sums (B S, K, N + 1, E) the rows of A_log and D.
+    Step sizes and inputs (K, B, blocks, padded L, 2, C) get their gradients, those of step sizes before the softplus.
+    Every program also leaves dweights (blocks, K, B, padded L, 2N) and of its partial sums (B S, K, N + 1, E) the rows
+    of A_log and D.
     """
     C: tl.constexpr = CR * CL
     ROW: tl.constexpr = RANK + 2 * N
@@ -182,10 +180,8 @@ def bidirectional_selective_scan_bwd_kernel_scan(
     # Everything lies in scan order, except the gradient of the results, which both directions share.
     step_w = tl.where(is_other, -C, C)
     p_w += (i_batch * n_blocks + i_block) * n_all * T * C + tl.where(is_other, (n_all * T - 1) * C, 0)
-    o_sequence = (i_sequence * n_blocks + i_block) * n_all * T * C
-    p_u += o_sequence
+    o_sequence = (i_sequence * n_blocks + i_block) * n_all * T * (2 * C)
     p_dt += o_sequence
-    p_du += o_sequence
     p_draw += o_sequence
     p_projected += i_sequence * n_all * T * ROW + RANK
     p_dweights += (i_block.to(tl.int64) * K * n_batch + i_sequence) * n_all * T * (2 * N)
@@ -195,7 +191,7 @@ def bidirectional_selective_scan_bwd_kernel_scan(
     p_partial += ((i_batch * n_segments + i_segment) * K + is_other) * (N + 1) * channels
     # States are found at the same places behind the first one of the block.
     o_block = i_block * C * N
-    p_enter += i_program * ((T // 4 - 1) * N * C) - o_block
+    p_enter += i_program * ((T // 4 - 1) * max(2, N) * C) - o_block
 
     o_state, o_local = state_axes(NR, NG, CR, NL, CL)
     o_owned = i_block * C + o_local
@@ -214,63 +210,55 @@ def bidirectional_selective_scan_bwd_kernel_scan(
     steps = tl.zeros((CR, NL, CL), tl.float32)
     dskip = tl.zeros((CR, CL, 4), tl.float32)
     NS: tl.constexpr = NR * NG * NL
-    NARROW: tl.constexpr = p_u.dtype.element_ty != tl.float32
+    NARROW: tl.constexpr = p_dt.dtype.element_ty != tl.float32
     i_next = i_first + n_own - 1
-    seen = _touch(p_dt, p_u, p_w, p_projected, p_border, i_next, o_block, step_w, channels, N, ROW, T, C, NS, SUMMARY)
+    seen = _touch(p_dt, p_w, p_projected, p_border, i_next, o_block, step_w, channels, N, ROW, T, C, NS, SUMMARY)
     for i in range(n_own):
         i_tile = i_first + n_own - 1 - i
-        o_tile = i_tile * T * C
+        o_tile = i_tile * T * (2 * C)
         p_B = p_projected + i_tile * T * ROW
         i_next = tl.maximum(i_tile - 1, i_first)
-        seen = _touch(
-            p_dt, p_u, p_w, p_projected, p_border, i_next, o_block, step_w, channels, N, ROW, T, C, NS, SUMMARY
-        )
+        seen = _touch(p_dt, p_w, p_projected, p_border, i_next, o_block, step_w, channels, N, ROW, T, C, NS, SUMMARY)
         if SUMMARY:
             for j in range(0, T, 4):
                 k = T - 1 - j
                 p_C = p_B + N + k * ROW
-                p_t = p_dt + o_tile + k * C
+                p_t = p_dt + o_tile + k * (2 * C)
                 p_v = p_w + (i_tile * T + k) * step_w
                 for _ in tl.static_range(4):
                     flow, steps = _summarize(flow, steps, rate, p_t, p_v, p_C, o_local, o_state, N)
                     p_C -= ROW
-                    p_t -= C
+                    p_t -= 2 * C
                     p_v -= step_w
         else:
             p_kept = p_border + (i_tile.to(tl.int64) - 1) * N * channels
             state = tl.load(state_pointers(p_kept, o_state, o_owned, N, True), mask=m_states & (i_tile > 0), other=0.0)
             for j in range(0, T - 4, 4):
-                p_t = p_dt + o_tile + j * C
-                p_v = p_u + o_tile + j * C
+                p_t = p_dt + o_tile + j * (2 * C)
                 p_b = p_B + j * ROW
                 for _ in tl.static_range(4):
-                    _, _, _, state = _forward(state, rate, p_t, p_v, p_b, o_local, o_state, N)
-                    p_t += C
-                    p_v += C
+                    _, _, _, state = _forward(state, rate, p_t, p_b, o_local, o_state, N)
+                    p_t += 2 * C
                     p_b += ROW
                 p_to = state_pointers(p_enter + j // 4 * (N * C), o_state, o_owned, N, True)
                 tl.store(p_to, state, mask=m_states)
             for i_group in range(T // 4):
                 j = T - 4 - 4 * i_group
-                o_group = o_tile + j * C
+                o_group = o_tile + j * (2 * C)
                 p_t = p_dt + o_group
-                p_v = p_u + o_group
                 p_a = p_w + (i_tile * T + j + 3) * step_w
                 p_b = p_B + j * ROW
                 h0 = state
-                dt0, v0, a0, h1 = _forward(h0, rate, p_t, p_v, p_b, o_local, o_state, N)
-                p_t += C
-                p_v += C
+                dt0, v0, a0, h1 = _forward(h0, rate, p_t, p_b, o_local, o_state, N)
+                p_t += 2 * C
                 p_b += ROW
-                dt1, v1, a1, h2 = _forward(h1, rate, p_t, p_v, p_b, o_local, o_state, N)
-                p_t += C
-                p_v += C
+                dt1, v1, a1, h2 = _forward(h1, rate, p_t, p_b, o_local, o_state, N)
+                p_t += 2 * C
                 p_b += ROW
-                dt2, v2, a2, h3 = _forward(h2, rate, p_t, p_v, p_b, o_local, o_state, N)
-                p_t += C
-                p_v += C
+                dt2, v2, a2, h3 = _forward(h2, rate, p_t, p_b, o_local, o_state, N)
+                p_t += 2 * C
                 p_b += ROW
-                dt3, v3, a3, h4 = _forward(h3, rate, p_t, p_v, p_b, o_local, o_state, N)
+                dt3, v3, a3, h4 = _forward(h3, rate, p_t, p_b, o_local, o_state, N)
                 flow, dA, s3, q3, r3 = _backward(flow, dA, h3, h4, a3, dt3, v3, rate, p_a, p_b, o_local, o_state, N)
                 p_a -= step_w
                 p_b -= ROW
@@ -288,16 +276,15 @@ def bidirectional_selective_scan_bwd_kernel_scan(
                 flow, dA, s0, q0, r0 = _backward(flow, dA, h0, h1, a0, dt0, v0, rate, p_a, p_b, o_local, o_state, N)
                 q = input_sums(q0, q1, q2, q3, NARROW, PRECISION)
                 r = input_sums(r0, r1, r2, r3, NARROW, PRECISION)
-                u = tl.load(quarter_pointers(p_u + o_group, o_local, C)).to(tl.float32)
-                dt = tl.load(quarter_pointers(p_dt + o_group, o_local, C)).to(tl.float32)
+                dt = tl.load(quarter_pointers(p_dt + o_group, o_local, 2 * C)).to(tl.float32)
+                u = tl.load(quarter_pointers(p_dt + o_group + C, o_local, 2 * C)).to(tl.float32)
                 w = tl.load(quarter_pointers(p_a, o_local, step_w)).to(tl.float32)
                 skip = tl.load(p_skip + o_owned, mask=m_owned, other=0.0).to(tl.float32)[:, :, None]
                 dskip += u * w
-                p_to = quarter_pointers(p_du + o_group, o_local, C)
-                tl.store(p_to, (dt * q + skip * w).to(p_du.dtype.element_ty))
-                p_to = quarter_pointers(p_draw + o_group, o_local, C)
                 draw = (u * q + LN_2 * r) * softplus_slope(dt)
-                tl.store(p_to, draw.to(p_draw.dtype.element_ty))
+                du = dt * q + skip * w
+                tl.store(quarter_pointers(p_draw + o_group, o_local, 2 * C), draw.to(p_draw.dtype.element_ty))
+                tl.store(quarter_pointers(p_draw + o_group + C, o_local, 2 * C), du.to(p_draw.dtype.element_ty))
                 store_weight_sums(p_dweights + (i_tile * T + j) * (2 * N), s0, s1, s2, s3, 2 * N, N)
     # Otherwise the compiler would leave out the loads. The scratch has no other use any more.
     for k in tl.static_range(len(seen)):
@@ -329,13 +316,13 @@ def bidirectional_backward(
     grid = (grid[0], segments, batch * directions)
     summary, steps = launch.summaries(segments)
     block, tile = constants["CR"] * constants["CL"], constants["T"]
-    u, slope, dt, w = scan_inputs(launch, block, adjacent_channels(dout), scale, projected, taps, sums, dxz)
-    enter = launch.empty(grid[0] * grid[1] * grid[2], tile // 4 - 1, block, launch.state)
-    du, draw = (torch.empty_like(u) for _ in range(2))
-    dweights = launch.empty(grid[0], directions, batch, launch.padded, 2 * launch.state, dtype=u.dtype)
+    inputs, slope, w = scan_inputs(launch, block, adjacent_channels(dout), scale, projected, taps, sums, dxz)
+    enter = launch.empty(grid[0] * grid[1] * grid[2], tile // 4 - 1, block, max(2, launch.state))
+    gradients = torch.empty_like(inputs)
+    dweights = launch.empty(grid[0], directions, batch, launch.padded, 2 * launch.state, dtype=inputs.dtype)
     partial = launch.empty(batch * segments, directions, launch.state + 1, channels)
     members = [p[5:] for p in launch.parameters]
-    tensors = (u, dt, w, projected, borders, summary, steps, enter, du, draw, dweights, partial)
+    tensors = (inputs, w, projected, borders, summary, steps, enter, gradients, dweights, partial)
     arguments = (*tensors, *members[0], *members[-1], channels, launch.tiles, n_tiles, segments)
     constants |= dict(
         K=directions,
@@ -347,5 +334,7 @@ def bidirectional_backward(
         bidirectional_selective_scan_bwd_kernel_scan[grid](*arguments, SUMMARY=True, **constants)
         carry(launch, summary, steps)
     bidirectional_selective_scan_bwd_kernel_scan[grid](*arguments, SUMMARY=False, **constants)
-    dprojected = sum_blocks(launch, dweights, draw)
-    return dxz, finish(launch, partial, *project_backward(launch, dprojected, projected, u, slope, draw, du, dxz, taps))
+    dprojected = sum_blocks(launch, dweights, gradients)
+    return dxz, finish(
+        launch, partial, *project_backward(launch, dprojected, projected, inputs, slope, gradients, dxz, taps)
+    )

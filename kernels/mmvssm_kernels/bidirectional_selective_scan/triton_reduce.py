@@ -76,14 +76,14 @@ def bidirectional_selective_scan_bwd_kernel_sum(
 ):
     """Gradients of the projections (parts, K, B L, row).
 
-    They are sums of dweights (blocks, K, B L, 2N) and products with draw (K, B, blocks, L, C).
+    They are sums of dweights (blocks, K, B L, 2N) and products with the first of draw (K, B, blocks, L, 2, C).
     """
     i_direction = tl.program_id(1).to(tl.int64)
     n_copy = n_copy // 16 * 16  # tiles have 16 tokens, which the compiler does not know
     n_part = tl.num_programs(1).to(tl.int64) * n_rows * (RANK + 2 * N)
     p_dprojected += i_direction * n_rows * (RANK + 2 * N)
     p_dweights += i_direction * n_rows * (2 * N)
-    p_draw += i_direction * n_rows * n_blocks * BLOCK_C
+    p_draw += i_direction * n_rows * n_blocks * (2 * BLOCK_C)
     if tl.num_programs(1) == 2:
         p_dt_weight = tl.where(i_direction == 1, p_dt_weight_b, p_dt_weight)
     i_first = tl.program_id(0).to(tl.int64) * BLOCK_T
@@ -96,7 +96,7 @@ def bidirectional_selective_scan_bwd_kernel_sum(
     m_weight = m_row[:, None] & (o_weight < 2 * N)[None, :]
     p_weights = p_dweights + o_row[:, None] * (2 * N) + o_weight[None, :]
     i_row = i_first + o_row
-    p_rows = p_draw + (i_row // n_padded * (n_blocks * n_padded) + i_row % n_padded) * BLOCK_C
+    p_rows = p_draw + (i_row // n_padded * (n_blocks * n_padded) + i_row % n_padded) * (2 * BLOCK_C)
     p_tile = p_rows[:, None] + tl.max_contiguous(tl.arange(0, BLOCK_C), 4)[None, :]
     narrow = p_dprojected.dtype.element_ty
     weights = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
@@ -106,7 +106,7 @@ def bidirectional_selective_scan_bwd_kernel_sum(
         weights += tl.load(p_weights, mask=m_weight, other=0.0).to(tl.float32)
         p_weights += n_copy
         draw = tl.load(p_tile, mask=m_row[:, None], other=0.0)
-        p_tile += n_padded * BLOCK_C
+        p_tile += n_padded * (2 * BLOCK_C)
         p_weight = p_dt_weight + o_channel[:, None] * rank + o_rank[None, :]
         weight = tl.load(p_weight, mask=m_channel[:, None] & (o_rank < rank)[None, :], other=0.0)
         low_rank = split_dot(draw, weight.to(narrow), low_rank, PRECISION)
@@ -120,10 +120,9 @@ def bidirectional_selective_scan_bwd_kernel_sum(
 def bidirectional_selective_scan_bwd_kernel_project(
     p_dprojected,
     p_projected,
-    p_u,
+    p_inputs,
     p_slope,
     p_draw,
-    p_du,
     p_dconv,
     p_partial,
     p_x_weight,
@@ -154,10 +153,9 @@ def bidirectional_selective_scan_bwd_kernel_project(
     p_dprojected += i_sequence * n_padded * (RANK + 2 * N)
     p_projected += i_sequence * n_padded * (RANK + 2 * N)
     o_sequence = i_sequence * n_padded * ((channels + C - 1) // C * C)
-    p_draw += o_sequence
-    p_u += o_sequence
+    p_draw += 2 * o_sequence
+    p_inputs += 2 * o_sequence
     p_slope += o_sequence
-    p_du += o_sequence
     p_dconv += i_sequence * length * channels
     i_program = (i_batch * tl.num_programs(1) + tl.program_id(1)) * K + i_direction
     p_partial += i_program * (2 * rank + 2 * N + 2) * channels
@@ -187,16 +185,17 @@ def bidirectional_selective_scan_bwd_kernel_project(
         tail = head
         if narrow != tl.float32:
             tail = tl.load(p_rows + n_part, mask=m_rows, other=0.0)
-        o_tile = of_blocks(o_scan, o_channel, n_padded, C)
+        o_tile = of_blocks(o_scan, o_channel, n_padded, C, 2)
         m_tile = m_token[:, None] & m_channel[None, :]
-        du = tl.load(p_du + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        du = tl.load(p_draw + C + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         draw = tl.load(p_draw + o_tile, mask=m_tile, other=0.0)
         m_low = m_token[:, None] & (o_rank < rank)[None, :]
         low_rank = tl.load(p_projected + o_scan[:, None] * ROW + o_rank[None, :], mask=m_low, other=0.0)
         # A value of one behind the last makes the gradient of the bias another row of the weight's.
         low_rank = tl.where((o_rank == rank)[None, :], 1.0, low_rank)
-        u = tl.load(p_u + o_tile, mask=m_tile, other=0.0).to(narrow)
-        slope = tl.load(p_slope + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        u = tl.load(p_inputs + C + o_tile, mask=m_tile, other=0.0).to(narrow)
+        p_tile = p_slope + of_blocks(o_scan, o_channel, n_padded, C, 1)
+        slope = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
         # Detached from the layout of the product, so that nothing else is exchanged between lanes for it.
         through = _parts_dot(head, tail, weight, tl.zeros(du.shape, tl.float32), PRECISION)
         dconv = (du + tl.reshape(detach_layout(through[None, :, :]), du.shape)) * slope
@@ -324,7 +323,7 @@ def bidirectional_selective_scan_bwd_kernel_finish(
     tl.store(p_gradient + o_gradient, tl.sum(total, axis=0), mask=m_channel)
 
 
-def sum_blocks(launch, dweights: Tensor, draw: Tensor) -> Tensor:
+def sum_blocks(launch, dweights: Tensor, gradients: Tensor) -> Tensor:
     """Gradients of the projections (parts, K, B, padded L, row) in the dtype of the inputs.
 
     They are the sum of both parts, if that has 16 bits, and operands of products; float32 has one part.
@@ -336,7 +335,7 @@ def sum_blocks(launch, dweights: Tensor, draw: Tensor) -> Tensor:
     bidirectional_selective_scan_bwd_kernel_sum[(triton.cdiv(rows, _SUM_ROWS), launch.directions)](
         dprojected,
         dweights,
-        draw,
+        gradients,
         launch.parameters[0][3],
         launch.parameters[-1][3],
         rows,
@@ -348,7 +347,7 @@ def sum_blocks(launch, dweights: Tensor, draw: Tensor) -> Tensor:
         N=launch.state,
         RANK=launch.row - 2 * launch.state,
         BLOCK_T=_SUM_ROWS,
-        BLOCK_C=draw.shape[-1],
+        BLOCK_C=gradients.shape[-1],
         BLOCK_R=max(16, triton.next_power_of_2(launch.rank)),
         BLOCK_P=max(16, triton.next_power_of_2(2 * launch.state)),
         PRECISION=launch.precision,
@@ -362,10 +361,9 @@ def project_backward(
     launch,
     dprojected: Tensor,
     projected: Tensor,
-    u: Tensor,
+    inputs: Tensor,
     slope: Tensor,
-    draw: Tensor,
-    du: Tensor,
+    gradients: Tensor,
     dxz: Tensor,
     taps: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -380,10 +378,9 @@ def project_backward(
     bidirectional_selective_scan_bwd_kernel_project[grid](
         dprojected,
         projected,
-        u,
+        inputs,
         slope,
-        draw,
-        du,
+        gradients,
         dconv,
         sums,
         launch.parameters[0][2],
@@ -395,7 +392,7 @@ def project_backward(
         triton.cdiv(min(length, _PROJECT_TOKENS), block_tokens),
         N=launch.state,
         RANK=launch.row - 2 * launch.state,
-        C=u.shape[-1],
+        C=inputs.shape[-1],
         BLOCK_T=block_tokens,
         BLOCK_C=block_channels,
         BLOCK_P=max(16, triton.next_power_of_2(launch.row)),

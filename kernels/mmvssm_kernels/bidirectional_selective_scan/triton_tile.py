@@ -55,12 +55,12 @@ def block_channels(i_block, channels: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def of_blocks(o_token, o_channel, n_padded, C: tl.constexpr):
-    """Places (T, C') of tokens and channels in a tensor (channel blocks, padded L, C).
+def of_blocks(o_token, o_channel, n_padded, C: tl.constexpr, KINDS: tl.constexpr):
+    """Places (T, C') of tokens and channels in a tensor (channel blocks, padded L, KINDS, C), of the first kind.
 
     What a scan reads lies together, or it would fill the cache with lines of which it needs a quarter.
     """
-    places = o_token[:, None] * C + (o_channel // C * (n_padded * C) + o_channel % C)[None, :]
+    places = o_token[:, None] * (KINDS * C) + (o_channel // C * (n_padded * KINDS * C) + o_channel % C)[None, :]
     return tl.max_contiguous(tl.multiple_of(places, [1, 4]), [1, 4])
 
 
