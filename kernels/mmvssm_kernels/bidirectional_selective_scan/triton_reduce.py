@@ -370,7 +370,8 @@ def project_backward(
     """Fill the inputs' half of ``dxz``; partial sums (P, K, rows, E) of both kernels."""
     directions, batch, length, channels = launch.directions, launch.batch, launch.length, launch.channels
     is_narrow = launch.xz.element_size() == 2
-    block_tokens, block_channels = _TOKENS, _CHANNELS if is_narrow else 32
+    block_tokens = _TOKENS if launch.block_rows <= 128 else 16  # rows of many states fill the shared memory
+    block_channels = _CHANNELS if is_narrow else 32
     segments = triton.cdiv(length, _PROJECT_TOKENS)
     dconv = launch.empty(directions, batch, length, channels, dtype=launch.xz.dtype)
     sums = launch.empty(batch * segments, directions, launch.rows + launch.rank + 2, channels)
