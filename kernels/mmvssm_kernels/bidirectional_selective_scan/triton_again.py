@@ -19,7 +19,6 @@ _CHANNELS = 64
 _WARPS = 4
 # With fewer channels, inputs, step sizes and their gradients are float32: sums are too short for roundings to cancel.
 _NARROW_CHANNELS = 64
-_NARROW_W = False
 
 
 @triton.jit
@@ -115,7 +114,7 @@ def bidirectional_selective_scan_bwd_kernel_again(
     n_values: tl.constexpr = (channels + C - 1) // C * C
     o_tile = of_blocks(o_token, o_channel, n_padded, C, 1)
     m_tile = ((o_channel < n_values) | (n_values % BLOCK_C == 0))[None, :]
-    tl.store(p_w + i_batch * n_padded * n_values + o_tile, (dout * z * gate).to(p_w.dtype.element_ty), mask=m_tile)
+    tl.store(p_w + i_batch * n_padded * n_values + o_tile, dout * z * gate, mask=m_tile)
     dz = dout * y * gate * (1.0 + z * (1.0 - gate))
     p_dz = p_dxz + i_batch * length * 2 * channels + channels
     p_dz += o_token[:, None] * (2 * channels) + o_channel[None, :]
@@ -185,7 +184,7 @@ def scan_inputs(
     dtype = launch.xz.dtype if launch.channels >= _NARROW_CHANNELS else projected.dtype
     inputs = launch.empty(launch.directions, *sizes[:3], 2, block, dtype=dtype)
     slope = launch.empty(launch.directions, *sizes, dtype=dtype)
-    w = launch.empty(*sizes, dtype=dtype if _NARROW_W else projected.dtype)
+    w = launch.empty(*sizes)
     members = [p[3:5] for p in launch.parameters]
     grid = (triton.cdiv(sizes[1] * block, _CHANNELS), launch.tiles, launch.batch)
     bidirectional_selective_scan_bwd_kernel_again[grid](

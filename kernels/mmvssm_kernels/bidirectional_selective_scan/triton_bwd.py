@@ -278,7 +278,7 @@ def bidirectional_selective_scan_bwd_kernel_scan(
                 r = input_sums(r0, r1, r2, r3, NARROW, PRECISION)
                 dt = tl.load(quarter_pointers(p_dt + o_group, o_local, 2 * C)).to(tl.float32)
                 u = tl.load(quarter_pointers(p_dt + o_group + C, o_local, 2 * C)).to(tl.float32)
-                w = tl.load(quarter_pointers(p_a, o_local, step_w)).to(tl.float32)
+                w = tl.load(quarter_pointers(p_a, o_local, step_w))
                 skip = tl.load(p_skip + o_owned, mask=m_owned, other=0.0).to(tl.float32)[:, :, None]
                 dskip += u * w
                 draw = (u * q + LN_2 * r) * softplus_slope(dt)

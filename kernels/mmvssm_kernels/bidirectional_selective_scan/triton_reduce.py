@@ -18,7 +18,6 @@ from .triton_tile import block_channels, load_rows, load_vector, of_blocks, spli
 # Rows and warps of a program of the first kernel.
 _SUM_ROWS = 32
 _SUM_WARPS = 2
-_SUM_STAGES = 1
 # Tokens of a program of the second and of the third kernel.
 _PROJECT_TOKENS = 256
 _CONVOLVE_TOKENS = 128
@@ -31,7 +30,6 @@ _TOKENS = 32
 _CHANNELS = 64
 _WARPS = 4
 _REGISTERS = 128
-_STAGES = 1
 
 
 @triton.jit
@@ -352,7 +350,7 @@ def sum_blocks(launch, dweights: Tensor, gradients: Tensor) -> Tensor:
         BLOCK_P=max(16, triton.next_power_of_2(2 * launch.state)),
         PRECISION=launch.precision,
         num_warps=_SUM_WARPS,
-        num_stages=_SUM_STAGES,
+        num_stages=1,
     )
     return dprojected
 
@@ -401,7 +399,7 @@ def project_backward(
         PRECISION=launch.precision,
         K=directions,
         num_warps=_WARPS,
-        num_stages=_STAGES,
+        num_stages=1,
         **(register_limit(_REGISTERS) if is_narrow and launch.block_rows <= 64 else {}),
     )
     segments = triton.cdiv(length, _CONVOLVE_TOKENS)
