@@ -3,8 +3,9 @@
 A program owns a block of channels of one direction and a segment of one sequence, and walks its tiles from the last to
 the first, each in groups of four tokens. The state that the forward pass kept for the tile is walked through it once to
 find those that enter the groups; then, from the last group to the first, states and decays of four tokens are computed
-again and stay in registers while the gradients walk back over them. What has to be added across programs is left as
-partial sums, added in a fixed order: two runs agree bit for bit.
+again and stay in registers while the gradients walk back over them. While a tile is walked, the next one is brought
+into the cache. What has to be added across programs is left as partial sums, added in a fixed order: two runs agree bit
+for bit.
 """
 
 import torch
@@ -189,7 +190,7 @@ def bidirectional_selective_scan_bwd_kernel_scan(
     p_summary += i_sequence * n_segments * N * channels
     p_step += i_sequence * n_segments * channels
     p_partial += ((i_batch * n_segments + i_segment) * K + is_other) * (N + 1) * channels
-    # States are found at the same places behind the first one of the block.
+    # States are found at the same places behind the first one of the block. Room for two is for what _touch returns.
     o_block = i_block * C * N
     p_enter += i_program * ((T // 4 - 1) * max(2, N) * C) - o_block
 

@@ -3,11 +3,12 @@
 A program is one warp that owns a block of channels of one sequence and walks its tokens one by one, with all states of
 the channels in registers. Tiles of states have three axes for states and two for channels, see :func:`state_axes`, and
 per-channel values are loaded into every lane that needs them, so that no layout ever has to be converted. What needs no
-recurrence (convolution, step sizes) is made for whole tiles of T tokens (T, C), in kernels of its own or in a scratch
-of the program, which stays in the cache.
+recurrence (convolution, step sizes) is made for whole tiles of T tokens (T, C), in kernels of its own.
 
 ``projected`` holds a row [step-size rank | B | C] for every token in scan order, the backward direction's reversed
-after padding to whole tiles; rows of the padding are zero.
+after padding to whole tiles; rows of the padding are zero. Tokens of the padding have step sizes too, but input and
+output weights of zero: before the first token in scan order they leave the state zero, after the last one nobody reads
+it, and no gradient flows through either.
 """
 
 import triton
@@ -21,13 +22,6 @@ from ..triton_scan import LOG2_E, sigmoid
 def silu(x):
     """``x sigmoid(x)``."""
     return x * sigmoid(x)
-
-
-@triton.jit
-def tile_tokens(i_tile, n_all, T: tl.constexpr, REVERSE: tl.constexpr):
-    """Positions in scan order (T) and tokens (T) of tile ``i_tile`` of ``n_all``, both counted in scan order."""
-    o_scan = i_tile * T + tl.arange(0, T)
-    return o_scan, (n_all * T - 1 - o_scan if REVERSE else o_scan)
 
 
 @triton.jit
@@ -99,19 +93,6 @@ def split_both_dot(left, right, total, dtype: tl.constexpr, PRECISION: tl.conste
         head = right.to(dtype)
         tail = (right - head.to(tl.float32)).to(dtype)
         return tl.dot(left.to(dtype), tail, split_dot(left, head, total, PRECISION))
-
-
-@triton.jit
-def raw_step_sizes(p_projected, weight, bias, o_scan, rank, ROW: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION):
-    """Low-rank values (T, R) and step sizes (T, C) of a tile before their softplus.
-
-    Tokens of the padding have step sizes too, but input and output weights of zero: before the first token in scan
-    order they leave the state zero, after the last one nobody reads it, and no gradient flows through either.
-    """
-    o_rank = tl.arange(0, BLOCK_R)
-    low_rank = tl.load(p_projected + o_scan[:, None] * ROW + o_rank[None, :], mask=(o_rank < rank)[None, :], other=0.0)
-    raw = split_dot(low_rank, weight, tl.zeros((o_scan.shape[0], bias.shape[0]), tl.float32), PRECISION)
-    return low_rank, raw + bias[None, :]
 
 
 @triton.jit
