@@ -20,7 +20,8 @@ KERNELS += ["selective_scan_segments_kernel", "selective_scan_sums_kernel"]
 KERNELS += [f"bidirectional_gla_{part}_kernel" for part in ("states", "scan", "fwd", "bwd", "weight")]
 KERNELS += [f"bidirectional_selective_scan_fwd_kernel_{part}" for part in ("taps", "project", "scan")]
 KERNELS += ["bidirectional_selective_scan_kernel_carry"]
-KERNELS += [f"bidirectional_selective_scan_bwd_kernel_{part}" for part in ("scan", "project", "convolve", "finish")]
+_PARTS = ("again", "scan", "sum", "project", "convolve", "finish")
+KERNELS += [f"bidirectional_selective_scan_bwd_kernel_{part}" for part in _PARTS]
 
 
 @pytest.mark.skipif(not triton_importable(), reason="Triton has no wheels for this platform")

@@ -3,43 +3,36 @@
 A program owns a block of channels of one direction and a segment of one sequence, and walks its tiles from the last to
 the first, each in groups of four tokens. The state that the forward pass kept for the tile is walked through it once to
 find those that enter the groups; then, from the last group to the first, states and decays of four tokens are computed
-again and stay in registers while the gradients walk back over them. What has to be added across programs is left as
-partial sums, added in a fixed order: two runs agree bit for bit.
+again and stay in registers while the gradients walk back over them. While a tile is walked, the next one is brought
+into the cache. What has to be added across programs is left as partial sums, added in a fixed order: two runs agree bit
+for bit.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..selective_scan.triton_tile import detach_layout
-from ..triton_scan import LN_2, sigmoid, softplus
+from ..triton_scan import LN_2, softplus_slope
 from .op import bidirectional_selective_scan_op
+from .triton_again import scan_inputs
 from .triton_carry import carry
 from .triton_launch import RUN_TIME_SIZES, Launch, adjacent_channels
-from .triton_reduce import finish, project_backward
+from .triton_reduce import finish, project_backward, sum_blocks
 from .triton_tile import (
-    block_channels,
-    convolve,
     in_lanes,
+    input_sums,
     lane_pointers,
-    load_rows,
-    load_step_weight,
-    load_vector,
     load_weights,
     of_channels,
     of_lanes,
     of_states,
-    raw_step_sizes,
-    scan_segment,
-    silu,
-    split_both_dot,
-    split_dot,
+    quarter_pointers,
     state_axes,
     state_pointers,
     state_rates,
-    store_input_sums,
+    store_of_channels,
     store_weight_sums,
-    tile_tokens,
 )
 
 # Registers of a thread that let 12 programs run on a multiprocessor, programs that fill a large GPU once, channels of a
@@ -51,21 +44,18 @@ _STATE_LANES = 4
 
 
 @triton.jit
-def _forward(state, rate, p_dt, p_u, p_B, o_local, o_state, N: tl.constexpr):
-    """Step size and input (CR, NL, CL) of a token, its decays, and the state behind it."""
-    NL: tl.constexpr = o_state.shape[2]
-    dt = tl.load(lane_pointers(p_dt, o_local, NL))
-    dt_u = dt * tl.load(lane_pointers(p_u, o_local, NL))
-    decay = tl.exp2(of_lanes(dt) * rate)
-    return dt, dt_u, decay, decay * state + of_lanes(dt_u) * of_states(load_weights(p_B, o_state, N))
+def _load_channels(p_row, o_local, o_state):
+    """Per-channel values (CR, NL, CL) of a token in float32."""
+    return tl.load(lane_pointers(p_row, o_local, o_state.shape[2], True)).to(tl.float32)
 
 
 @triton.jit
-def _walk_group(state, rate, p_dt, p_u, p_B, o_local, o_state, C: tl.constexpr, ROW: tl.constexpr, N: tl.constexpr):
-    """State behind four tokens."""
-    for k in tl.static_range(4):
-        _, _, _, state = _forward(state, rate, p_dt + k * C, p_u + k * C, p_B + k * ROW, o_local, o_state, N)
-    return state
+def _forward(state, rate, p_dt, p_B, o_local, o_state, N: tl.constexpr):
+    """Step size and input (CR, NL, CL) of a token, its decays, and the state behind it."""
+    dt = _load_channels(p_dt, o_local, o_state)
+    dt_u = dt * _load_channels(p_dt + o_local.numel, o_local, o_state)
+    decay = tl.exp2(of_lanes(dt) * rate)
+    return dt, dt_u, decay, decay * state + of_lanes(dt_u) * of_states(load_weights(p_B, o_state, N))
 
 
 @triton.jit
@@ -74,9 +64,9 @@ def _backward(flow, dA, before, state, decay, dt, dt_u, rate, p_w, p_B, o_local,
 
     ``before`` and ``state`` are the states in front of and behind the token, ``flow`` is what reaches the latter from
     the next one. The sums are those over channels of dB and dC, shares (NR, NG, NL, CL, 2), and those over states of
-    ``grad B`` and ``flow before rate``, shares (CR, NL, CL, 2).
+    ``grad B`` and ``flow before rate``, shares (CR, NL, CL).
     """
-    w = tl.load(lane_pointers(p_w, o_local, o_state.shape[2]))
+    w = _load_channels(p_w, o_local, o_state)
     B = load_weights(p_B, o_state, N)
     C = load_weights(p_B + N, o_state, N)
     grad = flow + of_lanes(w) * of_states(C)
@@ -84,271 +74,79 @@ def _backward(flow, dA, before, state, decay, dt, dt_u, rate, p_w, p_B, o_local,
     through = flow * before
     dA += through * of_lanes(dt)
     of_weights = tl.join(tl.sum(grad * of_lanes(dt_u), axis=2), tl.sum(state * of_lanes(w), axis=2))
-    of_inputs = tl.join(in_lanes(grad * of_states(B)), in_lanes(through * rate))
-    return flow, dA, of_weights, of_inputs
+    return flow, dA, of_weights, in_lanes(grad * of_states(B)), in_lanes(through * rate)
 
 
 @triton.jit
-def _summarize(flow, rate, p_dt, p_w, p_C, o_local, o_state, N: tl.constexpr):
-    """Flow that leaves a token."""
-    NL: tl.constexpr = o_state.shape[2]
-    w = tl.load(lane_pointers(p_w, o_local, NL))
-    dt = tl.load(lane_pointers(p_dt, o_local, NL))
-    return tl.exp2(of_lanes(dt) * rate) * (flow + of_lanes(w) * of_states(load_weights(p_C, o_state, N)))
+def _summarize(flow, steps, rate, p_dt, p_w, p_C, o_local, o_state, N: tl.constexpr):
+    """Flow that leaves a token, and the sum of step sizes."""
+    dt = _load_channels(p_dt, o_local, o_state)
+    w = _load_channels(p_w, o_local, o_state)
+    flow = tl.exp2(of_lanes(dt) * rate) * (flow + of_lanes(w) * of_states(load_weights(p_C, o_state, N)))
+    return flow, steps + dt
 
 
 @triton.jit
-def _fold_rows(tile):
-    """Sums (8, C) of every eighth row of (T, C), which the same lane holds."""
-    return tl.sum(tl.reshape(tile, (tile.shape[0] // 8, 8, tile.shape[1])), axis=0)
+def _touch_rows(p_rows, T: tl.constexpr, C: tl.constexpr):
+    """One value of every 32 bytes of a tile of rows."""
+    VALUES: tl.constexpr = 256 // p_rows.dtype.element_ty.primitive_bitwidth
+    return tl.load(p_rows + tl.arange(0, T * C // VALUES) * VALUES)
 
 
 @triton.jit
-def _walk(
-    p_xz,
-    p_dout,
+def _touch(
+    p_dt,
+    p_w,
     p_projected,
-    p_taps,
     p_border,
-    p_summary,
-    p_step,
-    p_scratch,
-    p_enter,
-    p_y,
-    p_du,
-    p_dxz,
-    p_dprojected,
-    p_partial,
-    p_dt_weight,
-    p_dt_bias,
-    p_A_log,
-    p_skip,
-    scale,
-    length,
+    i_tile,
+    o_block,
+    step_w,
     channels: tl.constexpr,
-    rank,
-    n_all,
-    n_tiles,
-    n_segments,
-    stride_x_batch,
-    stride_x_token,
-    stride_dout_batch,
-    stride_dout_token,
-    n_partial,
     N: tl.constexpr,
-    W: tl.constexpr,
-    RANK: tl.constexpr,
-    K: tl.constexpr,
-    REVERSE: tl.constexpr,
-    SUMMARY: tl.constexpr,
-    SEGMENTED: tl.constexpr,
+    ROW: tl.constexpr,
     T: tl.constexpr,
-    NR: tl.constexpr,
-    NG: tl.constexpr,
-    CR: tl.constexpr,
-    NL: tl.constexpr,
-    CL: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    C: tl.constexpr,
+    NS: tl.constexpr,
+    SUMMARY: tl.constexpr,
 ):
-    """The programs of one direction."""
-    C: tl.constexpr = CR * CL
-    ROW: tl.constexpr = RANK + 2 * N
-    i_block = tl.program_id(0)
-    i_segment = tl.program_id(1) // K
-    i_direction = 1 if REVERSE else 0
-    i_batch = tl.program_id(2).to(tl.int64)
-    n_batch = tl.num_programs(2)
-    i_sequence = i_direction * n_batch + i_batch
-    i_program = (i_sequence * n_segments + i_segment) * tl.num_programs(0) + i_block
-    p_x = p_xz + i_batch * stride_x_batch
-    p_z = p_x + channels
-    p_dout += i_batch * stride_dout_batch
-    p_y += i_batch * n_all * T * channels
-    p_dz = p_dxz + i_batch * length * 2 * channels + channels
-    p_du += i_sequence * n_all * T * channels
-    p_projected += i_sequence * n_all * T * ROW
-    # Rows of the backward direction are written from the last to the first.
-    STEP: tl.constexpr = -ROW if REVERSE else ROW
-    p_dprojected += (i_block.to(tl.int64) * K * n_batch + i_sequence) * n_all * T * ROW
-    if REVERSE:
-        p_dprojected += (n_all * T - 1) * ROW
-    p_taps += i_direction * (W + 1) * channels
-    p_border += i_sequence * (n_all - 1) * N * channels
-    p_summary += i_sequence * n_segments * N * channels
-    p_step += i_sequence * n_segments * channels
-    p_partial += ((i_batch * n_segments + i_segment) * K + i_direction) * n_partial * channels
-    p_dt = p_scratch + i_program * (6 * T * C)
-    p_u = p_dt + T * C
-    p_w = p_u + T * C
-    p_q = p_w + T * C
-    p_r = p_q + T * C
-    p_slope = p_r + T * C
-    p_enter += i_program * (T // 4 * N * C)
-
-    o_channel, m_channel = block_channels(i_block, channels, C)
-    o_tile = tl.arange(0, T)[:, None] * C + tl.max_contiguous(tl.arange(0, C), 4)[None, :]
-    o_state, o_local = state_axes(NR, NG, CR, NL, CL)
-    o_owned = i_block * C + o_local
-    m_owned = (o_owned < channels) | (channels % C == 0)
-    m_exists = of_states((o_state < N) | (NR * NG * NL == N))
-    m_states = of_channels(m_owned) & m_exists
-    rate = state_rates(p_A_log, o_state, o_owned, m_states, N)
-    weight = load_step_weight(p_dt_weight, o_channel, m_channel, rank, BLOCK_R, p_xz.dtype.element_ty)
-    bias = load_vector(p_dt_bias, o_channel, m_channel)
-    skip = load_vector(p_skip, o_channel, m_channel)
-    i_first, n_own, i_scan = scan_segment(i_segment, n_segments, n_tiles, n_all, REVERSE)
-    i_back = n_segments - 1 - i_scan
-    flow = tl.zeros(rate.shape, tl.float32)
-    if SEGMENTED and not SUMMARY:
-        # What the segment behind this one in scan order hands on.
-        p_flow = state_pointers(p_summary + (i_back - 1) * N * channels, o_state, o_owned, N)
-        flow = tl.load(p_flow, mask=m_states & (i_back > 0), other=0.0)
-    dA = tl.zeros(rate.shape, tl.float32)
-    steps = tl.zeros((C,), tl.float32)
-    dbias = tl.zeros((8, C), tl.float32)
-    dskip = tl.zeros((8, C), tl.float32)
-    dweight = tl.zeros((C, BLOCK_R), tl.float32)
-    for i in range(n_own):
-        i_tile = i_first + n_own - 1 - i
-        o_scan, o_token = tile_tokens(i_tile, n_all, T, REVERSE)
-        m_token = o_token < length
-        low_rank, raw = raw_step_sizes(p_projected, weight, bias, o_scan, rank, ROW, BLOCK_R, PRECISION)
-        raw = tl.reshape(detach_layout(raw[None, :, :]), raw.shape)  # leaves the product's layout once, not per result
-        dt = softplus(raw)
-        tl.store(p_dt + o_tile, dt)
-        z = load_rows(p_z, o_token, m_token, o_channel, m_channel, stride_x_token)
-        dout = scale * load_rows(p_dout, o_token, m_token, o_channel, m_channel, stride_dout_token)
-        gate = sigmoid(z)
-        w = dout * z * gate
-        tl.store(p_w + o_tile, w)
-        if SUMMARY:
-            steps += tl.sum(dt, axis=0)
-        else:
-            if not REVERSE:
-                y = load_rows(p_y, o_token, m_token, o_channel, m_channel, channels)
-                dz = dout * y * gate * (1.0 + z * (1.0 - gate))
-                p_tile = p_dz + o_token[:, None] * (2 * channels) + o_channel[None, :]
-                tl.store(p_tile, dz.to(p_dz.dtype.element_ty), mask=m_token[:, None] & m_channel[None, :])
-            conv = convolve(p_x, p_taps, o_token, length, o_channel, m_channel, channels, stride_x_token, REVERSE, W)
-            u = silu(conv)
-            dskip += _fold_rows(u * w)
-            tl.store(p_u + o_tile, u)
-            tl.store(p_slope + o_tile, sigmoid(raw))
-        tl.debug_barrier()  # other lanes read what is stored above, here and below
-        p_B = p_projected + i_tile * T * ROW + RANK
-        if SUMMARY:
-            for j in range(0, T, 4):
-                k = T - 1 - j
-                p_C = p_B + N + k * ROW
-                p_t = p_dt + k * C
-                p_v = p_w + k * C
-                flow = _summarize(flow, rate, p_t, p_v, p_C, o_local, o_state, N)
-                flow = _summarize(flow, rate, p_t - C, p_v - C, p_C - ROW, o_local, o_state, N)
-                flow = _summarize(flow, rate, p_t - 2 * C, p_v - 2 * C, p_C - 2 * ROW, o_local, o_state, N)
-                flow = _summarize(flow, rate, p_t - 3 * C, p_v - 3 * C, p_C - 3 * ROW, o_local, o_state, N)
-            tl.debug_barrier()
-        else:
-            p_kept = state_pointers(p_border + (i_tile.to(tl.int64) - 1) * N * channels, o_state, o_owned, N)
-            state = tl.load(p_kept, mask=m_states & (i_tile > 0), other=0.0)
-            tl.store(state_pointers(p_enter, o_state, o_local, N), state, mask=m_exists)
-            for j in range(0, T - 4, 4):
-                state = _walk_group(state, rate, p_dt + j * C, p_u + j * C, p_B + j * ROW, o_local, o_state, C, ROW, N)
-                tl.store(state_pointers(p_enter + (j // 4 + 1) * (N * C), o_state, o_local, N), state, mask=m_exists)
-            p_dB = p_dprojected + i_tile * T * STEP + RANK
-            for i_group in range(T // 4):
-                j = T - 4 - 4 * i_group
-                p_t = p_dt + j * C
-                p_v = p_u + j * C
-                p_b = p_B + j * ROW
-                p_g = p_dB + j * STEP
-                h0 = tl.load(state_pointers(p_enter + j // 4 * (N * C), o_state, o_local, N), mask=m_exists, other=0.0)
-                dt0, v0, a0, h1 = _forward(h0, rate, p_t, p_v, p_b, o_local, o_state, N)
-                dt1, v1, a1, h2 = _forward(h1, rate, p_t + C, p_v + C, p_b + ROW, o_local, o_state, N)
-                p_a = p_w + j * C
-                dt2, v2, a2, h3 = _forward(h2, rate, p_t + 2 * C, p_v + 2 * C, p_b + 2 * ROW, o_local, o_state, N)
-                dt3, v3, a3, h4 = _forward(h3, rate, p_t + 3 * C, p_v + 3 * C, p_b + 3 * ROW, o_local, o_state, N)
-                flow, dA, s3, r3 = _backward(
-                    flow, dA, h3, h4, a3, dt3, v3, rate, p_a + 3 * C, p_b + 3 * ROW, o_local, o_state, N
-                )
-                flow, dA, s2, r2 = _backward(
-                    flow, dA, h2, h3, a2, dt2, v2, rate, p_a + 2 * C, p_b + 2 * ROW, o_local, o_state, N
-                )
-                flow, dA, s1, r1 = _backward(
-                    flow, dA, h1, h2, a1, dt1, v1, rate, p_a + C, p_b + ROW, o_local, o_state, N
-                )
-                flow, dA, s0, r0 = _backward(flow, dA, h0, h1, a0, dt0, v0, rate, p_a, p_b, o_local, o_state, N)
-                store_weight_sums(p_g, s0, s1, s2, s3, STEP, N)
-                store_input_sums(p_q + j * C, r0, r1, r2, r3, T * C)
-            tl.debug_barrier()
-            q = tl.load(p_q + o_tile)
-            draw = (tl.load(p_u + o_tile) * q + LN_2 * tl.load(p_r + o_tile)) * tl.load(p_slope + o_tile)
-            tl.store(p_r + o_tile, draw)
-            du = tl.load(p_dt + o_tile) * q + skip[None, :] * tl.load(p_w + o_tile)
-            p_tile = p_du + o_token[:, None] * channels + o_channel[None, :]
-            tl.store(p_tile, du.to(p_du.dtype.element_ty), mask=m_channel[None, :])
-            dbias += _fold_rows(draw)
-            tl.debug_barrier()
-            # Loaded again for the products: the compiler would compute it once more in the layout of their operands.
-            draw = tl.load(p_r + o_tile)
-            o_rank = tl.arange(0, BLOCK_R)
-            dlow_rank = split_dot(draw, tl.trans(weight), tl.zeros((T, BLOCK_R), tl.float32), PRECISION)
-            p_low = p_dprojected + o_scan[:, None] * STEP + o_rank[None, :]
-            tl.store(p_low, dlow_rank, mask=(o_rank < rank)[None, :])
-            dweight = split_both_dot(tl.trans(draw), low_rank, dweight, weight.dtype, PRECISION)
+    """Values of a tile from all over memory that is read when it is walked, so that the cache has it by then."""
+    # Step sizes and inputs.
+    dt = _touch_rows(p_dt + i_tile * T * (2 * C), T, 2 * C)
+    w = _touch_rows(p_w + i_tile * T * step_w + (T - 1) * tl.minimum(step_w, 0), T, C)
+    o_weight = tl.arange(0, max(1, NS // 4))[None, :] * 8
+    p_weights = p_projected + (i_tile * T + tl.arange(0, T))[:, None] * ROW + o_weight
+    weights = tl.load(p_weights, mask=tl.broadcast_to(o_weight < 2 * N, p_weights.shape), other=0.0)
     if SUMMARY:
-        tl.store(state_pointers(p_summary + i_back * N * channels, o_state, o_owned, N), flow, mask=m_states)
-        tl.store(p_step + i_back * channels + o_channel, steps, mask=m_channel)
+        return dt, w, weights
     else:
-        # A = -exp(A_log), so the gradient of A_log is A times that of A.
-        p_dA = p_partial + of_states(o_state) * channels + of_channels(o_owned)
-        tl.store(p_dA, dA * (rate * LN_2), mask=m_states)
-        p_partial += N * channels + o_channel
-        o_rank = tl.arange(0, BLOCK_R)
-        m_weight = (o_rank < rank)[None, :] & m_channel[:, None]
-        tl.store(p_partial[:, None] + o_rank[None, :] * channels, dweight, mask=m_weight)
-        tl.store(p_partial + rank * channels, tl.sum(dbias, axis=0), mask=m_channel)
-        tl.store(p_partial + (rank + 1) * channels, tl.sum(dskip, axis=0), mask=m_channel)
+        o_state = o_block + tl.arange(0, max(1, NS * C // 8)) * 8
+        p_states = p_border + (i_tile.to(tl.int64) - 1) * N * channels + o_state
+        states = tl.load(p_states, mask=(o_state < channels * N) & (i_tile > 0), other=0.0)
+        return dt, w, weights, states
 
 
 @triton.jit(do_not_specialize=RUN_TIME_SIZES)
 def bidirectional_selective_scan_bwd_kernel_scan(
-    p_xz,
-    p_dout,
+    p_dt,
+    p_w,
     p_projected,
-    p_taps,
     p_border,
     p_summary,
     p_step,
-    p_scratch,
     p_enter,
-    p_y,
-    p_du,
-    p_dxz,
-    p_dprojected,
+    p_draw,
+    p_dweights,
     p_partial,
-    p_dt_weight,
-    p_dt_bias,
     p_A_log,
     p_skip,
-    p_dt_weight_b,
-    p_dt_bias_b,
     p_A_log_b,
     p_skip_b,
-    scale,
-    length,
     channels: tl.constexpr,
-    rank,
     n_all,
     n_tiles,
     n_segments,
-    stride_x_batch,
-    stride_x_token,
-    stride_dout_batch,
-    stride_dout_token,
-    n_partial,
     N: tl.constexpr,
-    W: tl.constexpr,
     RANK: tl.constexpr,
     K: tl.constexpr,
     SUMMARY: tl.constexpr,
@@ -359,110 +157,148 @@ def bidirectional_selective_scan_bwd_kernel_scan(
     CR: tl.constexpr,
     NL: tl.constexpr,
     CL: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients up to those of u; or only what each segment's adjoint scan hands on.
+    """Gradients of inputs and step sizes; or only what each segment's adjoint scan hands on.
 
-    Writes du (K, B, L, E), the gate's half of dxz (B, L, 2E), dprojected (channel blocks, K, B, L, row), and of every
-    program's partial sums (B S, K, n_partial, E) the rows of A_log, dt_proj_weight, dt_proj_bias and D.
+    Step sizes and inputs (K, B, blocks, padded L, 2, C) get their gradients, those of step sizes before the softplus.
+    Every program also leaves dweights (blocks, K, B, padded L, 2N) and of its partial sums (B S, K, N + 1, E) the rows
+    of A_log and D.
     """
-    if tl.program_id(1) % K == 0:
-        _walk(
-            p_xz,
-            p_dout,
-            p_projected,
-            p_taps,
-            p_border,
-            p_summary,
-            p_step,
-            p_scratch,
-            p_enter,
-            p_y,
-            p_du,
-            p_dxz,
-            p_dprojected,
-            p_partial,
-            p_dt_weight,
-            p_dt_bias,
-            p_A_log,
-            p_skip,
-            scale,
-            length,
-            channels,
-            rank,
-            n_all,
-            n_tiles,
-            n_segments,
-            stride_x_batch,
-            stride_x_token,
-            stride_dout_batch,
-            stride_dout_token,
-            n_partial,
-            N,
-            W,
-            RANK,
-            K,
-            False,
-            SUMMARY,
-            SEGMENTED,
-            T,
-            NR,
-            NG,
-            CR,
-            NL,
-            CL,
-            BLOCK_R,
-            PRECISION,
-        )
+    C: tl.constexpr = CR * CL
+    ROW: tl.constexpr = RANK + 2 * N
+    i_block = tl.program_id(0)
+    n_blocks = tl.num_programs(0)
+    i_segment = tl.program_id(1)
+    n_batch = tl.num_programs(2) // K
+    i_sequence = tl.program_id(2).to(tl.int64)
+    i_batch = i_sequence % n_batch
+    is_other = i_sequence >= n_batch
+    if K == 2:
+        p_A_log = tl.where(is_other, p_A_log_b, p_A_log)
+        p_skip = tl.where(is_other, p_skip_b, p_skip)
+    i_program = (i_sequence * n_segments + i_segment) * n_blocks + i_block
+    # Everything lies in scan order, except the gradient of the results, which both directions share.
+    step_w = tl.where(is_other, -C, C)
+    p_w += (i_batch * n_blocks + i_block) * n_all * T * C + tl.where(is_other, (n_all * T - 1) * C, 0)
+    o_sequence = (i_sequence * n_blocks + i_block) * n_all * T * (2 * C)
+    p_dt += o_sequence
+    p_draw += o_sequence
+    p_projected += i_sequence * n_all * T * ROW + RANK
+    p_dweights += (i_block.to(tl.int64) * K * n_batch + i_sequence) * n_all * T * (2 * N)
+    p_border += i_sequence * (n_all - 1) * N * channels
+    p_summary += i_sequence * n_segments * N * channels
+    p_step += i_sequence * n_segments * channels
+    p_partial += ((i_batch * n_segments + i_segment) * K + is_other) * (N + 1) * channels
+    # States are found at the same places behind the first one of the block. Room for two is for what _touch returns.
+    o_block = i_block * C * N
+    p_enter += i_program * ((T // 4 - 1) * max(2, N) * C) - o_block
+
+    o_state, o_local = state_axes(NR, NG, CR, NL, CL)
+    o_owned = i_block * C + o_local
+    m_owned = (o_owned < channels) | (channels % C == 0)
+    m_states = of_channels(m_owned) & of_states((o_state < N) | (NR * NG * NL == N))
+    rate = state_rates(p_A_log, o_state, o_owned, m_states, N, True)
+    i_first = i_segment * n_tiles
+    n_own = tl.minimum(n_tiles, n_all - i_first)
+    i_back = n_segments - 1 - i_segment
+    flow = tl.zeros(rate.shape, tl.float32)
+    if SEGMENTED and not SUMMARY:
+        # What the segment behind this one in scan order hands on.
+        p_flow = state_pointers(p_summary + (i_back - 1) * N * channels, o_state, o_owned, N, True)
+        flow = tl.load(p_flow, mask=m_states & (i_back > 0), other=0.0)
+    dA = tl.zeros(rate.shape, tl.float32)
+    steps = tl.zeros((CR, NL, CL), tl.float32)
+    dskip = tl.zeros((CR, CL, 4), tl.float32)
+    NS: tl.constexpr = NR * NG * NL
+    NARROW: tl.constexpr = p_dt.dtype.element_ty != tl.float32
+    i_next = i_first + n_own - 1
+    seen = _touch(p_dt, p_w, p_projected, p_border, i_next, o_block, step_w, channels, N, ROW, T, C, NS, SUMMARY)
+    for i in range(n_own):
+        i_tile = i_first + n_own - 1 - i
+        o_tile = i_tile * T * (2 * C)
+        p_B = p_projected + i_tile * T * ROW
+        i_next = tl.maximum(i_tile - 1, i_first)
+        seen = _touch(p_dt, p_w, p_projected, p_border, i_next, o_block, step_w, channels, N, ROW, T, C, NS, SUMMARY)
+        if SUMMARY:
+            for j in range(0, T, 4):
+                k = T - 1 - j
+                p_C = p_B + N + k * ROW
+                p_t = p_dt + o_tile + k * (2 * C)
+                p_v = p_w + (i_tile * T + k) * step_w
+                for _ in tl.static_range(4):
+                    flow, steps = _summarize(flow, steps, rate, p_t, p_v, p_C, o_local, o_state, N)
+                    p_C -= ROW
+                    p_t -= 2 * C
+                    p_v -= step_w
+        else:
+            p_kept = p_border + (i_tile.to(tl.int64) - 1) * N * channels
+            state = tl.load(state_pointers(p_kept, o_state, o_owned, N, True), mask=m_states & (i_tile > 0), other=0.0)
+            for j in range(0, T - 4, 4):
+                p_t = p_dt + o_tile + j * (2 * C)
+                p_b = p_B + j * ROW
+                for _ in tl.static_range(4):
+                    _, _, _, state = _forward(state, rate, p_t, p_b, o_local, o_state, N)
+                    p_t += 2 * C
+                    p_b += ROW
+                p_to = state_pointers(p_enter + j // 4 * (N * C), o_state, o_owned, N, True)
+                tl.store(p_to, state, mask=m_states)
+            for i_group in range(T // 4):
+                j = T - 4 - 4 * i_group
+                o_group = o_tile + j * (2 * C)
+                p_t = p_dt + o_group
+                p_a = p_w + (i_tile * T + j + 3) * step_w
+                p_b = p_B + j * ROW
+                h0 = state
+                dt0, v0, a0, h1 = _forward(h0, rate, p_t, p_b, o_local, o_state, N)
+                p_t += 2 * C
+                p_b += ROW
+                dt1, v1, a1, h2 = _forward(h1, rate, p_t, p_b, o_local, o_state, N)
+                p_t += 2 * C
+                p_b += ROW
+                dt2, v2, a2, h3 = _forward(h2, rate, p_t, p_b, o_local, o_state, N)
+                p_t += 2 * C
+                p_b += ROW
+                dt3, v3, a3, h4 = _forward(h3, rate, p_t, p_b, o_local, o_state, N)
+                flow, dA, s3, q3, r3 = _backward(flow, dA, h3, h4, a3, dt3, v3, rate, p_a, p_b, o_local, o_state, N)
+                p_a -= step_w
+                p_b -= ROW
+                flow, dA, s2, q2, r2 = _backward(flow, dA, h2, h3, a2, dt2, v2, rate, p_a, p_b, o_local, o_state, N)
+                # The state that enters the group before this one is loaded ahead.
+                p_from = tl.where(j > 4, p_enter + (j // 4 - 2) * (N * C), p_kept)
+                m_from = m_states & ((j > 4) | ((j > 0) & (i_tile > 0)))
+                state = tl.load(state_pointers(p_from, o_state, o_owned, N, True), mask=m_from, other=0.0)
+                tl.debug_barrier()  # otherwise the compiler moves the load to where its result is used
+                p_a -= step_w
+                p_b -= ROW
+                flow, dA, s1, q1, r1 = _backward(flow, dA, h1, h2, a1, dt1, v1, rate, p_a, p_b, o_local, o_state, N)
+                p_a -= step_w
+                p_b -= ROW
+                flow, dA, s0, q0, r0 = _backward(flow, dA, h0, h1, a0, dt0, v0, rate, p_a, p_b, o_local, o_state, N)
+                q = input_sums(q0, q1, q2, q3, NARROW, PRECISION)
+                r = input_sums(r0, r1, r2, r3, NARROW, PRECISION)
+                dt = tl.load(quarter_pointers(p_dt + o_group, o_local, 2 * C)).to(tl.float32)
+                u = tl.load(quarter_pointers(p_dt + o_group + C, o_local, 2 * C)).to(tl.float32)
+                w = tl.load(quarter_pointers(p_a, o_local, step_w))
+                skip = tl.load(p_skip + o_owned, mask=m_owned, other=0.0).to(tl.float32)[:, :, None]
+                dskip += u * w
+                draw = (u * q + LN_2 * r) * softplus_slope(dt)
+                du = dt * q + skip * w
+                tl.store(quarter_pointers(p_draw + o_group, o_local, 2 * C), draw.to(p_draw.dtype.element_ty))
+                tl.store(quarter_pointers(p_draw + o_group + C, o_local, 2 * C), du.to(p_draw.dtype.element_ty))
+                store_weight_sums(p_dweights + (i_tile * T + j) * (2 * N), s0, s1, s2, s3, 2 * N, N)
+    # Otherwise the compiler would leave out the loads. The scratch has no other use any more.
+    for k in tl.static_range(len(seen)):
+        tl.store(p_enter + o_block + tl.arange(0, seen[k].numel), tl.reshape(seen[k], (seen[k].numel,)).to(tl.float32))
+    if SUMMARY:
+        p_to = state_pointers(p_summary + i_back * N * channels, o_state, o_owned, N, True)
+        tl.store(p_to, flow, mask=m_states)
+        store_of_channels(p_step + i_back * channels, steps, o_owned, m_owned, NL, True)
     else:
-        _walk(
-            p_xz,
-            p_dout,
-            p_projected,
-            p_taps,
-            p_border,
-            p_summary,
-            p_step,
-            p_scratch,
-            p_enter,
-            p_y,
-            p_du,
-            p_dxz,
-            p_dprojected,
-            p_partial,
-            p_dt_weight_b,
-            p_dt_bias_b,
-            p_A_log_b,
-            p_skip_b,
-            scale,
-            length,
-            channels,
-            rank,
-            n_all,
-            n_tiles,
-            n_segments,
-            stride_x_batch,
-            stride_x_token,
-            stride_dout_batch,
-            stride_dout_token,
-            n_partial,
-            N,
-            W,
-            RANK,
-            K,
-            True,
-            SUMMARY,
-            SEGMENTED,
-            T,
-            NR,
-            NG,
-            CR,
-            NL,
-            CL,
-            BLOCK_R,
-            PRECISION,
-        )
+        # A = -exp(A_log), so the gradient of A_log is A times that of A.
+        p_dA = p_partial + of_states(o_state) * channels + of_channels(o_owned)
+        tl.store(p_dA, dA * (rate * LN_2), mask=m_states)
+        tl.store(p_partial + N * channels + o_owned, tl.sum(dskip, axis=2), mask=m_owned)
 
 
 def bidirectional_backward(
@@ -473,38 +309,33 @@ def bidirectional_backward(
         arguments = (xz, parameters, scale, True, xz.dtype, "triton")
         _, borders, projected, taps, sums = bidirectional_selective_scan_op(*arguments)
     launch = Launch(xz, parameters)
-    dout = adjacent_channels(dout)
-    batch, length, channels = launch.batch, launch.length, launch.channels
-    sequences = (launch.directions, batch)
+    batch, channels, directions = launch.batch, launch.channels, launch.directions
+    dxz = launch.empty(batch, launch.length, 2 * channels, dtype=xz.dtype)
     grid, n_tiles, segments, constants = launch.plan(
-        _OWN_CHANNELS, _STATE_LANES, _MAX_REGISTERS, _ENOUGH_PROGRAMS, launch.directions
+        _OWN_CHANNELS, _STATE_LANES, _MAX_REGISTERS, _ENOUGH_PROGRAMS, directions
     )
+    grid = (grid[0], segments, batch * directions)
     summary, steps = launch.summaries(segments)
     block, tile = constants["CR"] * constants["CL"], constants["T"]
-    programs = grid[0] * grid[1] * grid[2]
-    scratch = launch.empty(programs, 6, tile, block)
-    enter = launch.empty(programs, tile // 4, block, launch.state)
-    # In float32: roundings of du and of the low-rank values are what small models' gradients suffer from.
-    du = launch.empty(*sequences, launch.padded, channels)
-    dxz = launch.empty(batch, length, 2 * channels, dtype=xz.dtype)
-    dprojected = launch.empty(grid[0], *sequences, launch.padded, launch.row)
-    partial = launch.empty(batch * segments, launch.directions, launch.state + launch.rank + 2, channels)
-    members = [p[3:] for p in launch.parameters]
-    tensors = (launch.xz, dout, projected, taps, borders, summary, steps, scratch, enter, sums, du, dxz, dprojected)
-    sizes = (launch.length, launch.channels, launch.rank, launch.tiles, n_tiles, segments)
-    arguments = (*tensors, partial, *members[0], *members[-1], scale, *sizes)
-    arguments += (*launch.xz.stride()[:2], *dout.stride()[:2], partial.shape[2])
+    inputs, slope, w = scan_inputs(launch, block, adjacent_channels(dout), scale, projected, taps, sums, dxz)
+    enter = launch.empty(grid[0] * grid[1] * grid[2], tile // 4 - 1, block, max(2, launch.state))
+    gradients = torch.empty_like(inputs)
+    dweights = launch.empty(grid[0], directions, batch, launch.padded, 2 * launch.state, dtype=inputs.dtype)
+    partial = launch.empty(batch * segments, directions, launch.state + 1, channels)
+    members = [p[5:] for p in launch.parameters]
+    tensors = (inputs, w, projected, borders, summary, steps, enter, gradients, dweights, partial)
+    arguments = (*tensors, *members[0], *members[-1], channels, launch.tiles, n_tiles, segments)
     constants |= dict(
-        K=launch.directions,
+        K=directions,
         SEGMENTED=segments > 1,
-        W=launch.width,
         RANK=launch.row - 2 * launch.state,
-        BLOCK_R=max(16, triton.next_power_of_2(launch.rank)),
         PRECISION=launch.precision,
     )
     if segments > 1:
         bidirectional_selective_scan_bwd_kernel_scan[grid](*arguments, SUMMARY=True, **constants)
         carry(launch, summary, steps)
     bidirectional_selective_scan_bwd_kernel_scan[grid](*arguments, SUMMARY=False, **constants)
-    dprojected = dprojected.sum(0) if grid[0] > 1 else dprojected[0]
-    return dxz, finish(launch, partial, *project_backward(launch, dprojected, du, dxz, taps))
+    dprojected = sum_blocks(launch, dweights, gradients)
+    return dxz, finish(
+        launch, partial, *project_backward(launch, dprojected, projected, inputs, slope, gradients, dxz, taps)
+    )
