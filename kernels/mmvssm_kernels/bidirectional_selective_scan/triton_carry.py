@@ -8,7 +8,7 @@ from ..selective_scan.triton_tile import last_row, scan_rows
 from ..triton_scan import LOG2_E
 
 # Segments that are loaded together.
-_SEGMENTS = 16
+_SEGMENTS = 32
 
 
 @triton.jit(do_not_specialize=["n_batch", "n_segments", "zero"])
@@ -40,17 +40,21 @@ def bidirectional_selective_scan_kernel_carry(
         A_log = tl.load(p_A_log + o_value, mask=m_value, other=0.0).to(tl.float32)
     else:
         A_log = tl.load(p_A_log_b + o_value, mask=m_value, other=0.0).to(tl.float32)
-    rate = -tl.exp2(A_log * LOG2_E) * LOG2_E
+    rate = (-tl.exp2(A_log * LOG2_E) * LOG2_E)[None, :]
     state = tl.zeros((1, BLOCK), tl.float32)
+    # Rows of a tile are constants apart, which cost no instructions.
+    o_row = tl.arange(0, T)[:, None]
+    p_value = p_summary + o_value[None, :]
+    p_steps = p_step + (o_value // N)[None, :]
     for i in range(0, n_segments, T):
-        o_segment = i + tl.arange(0, T)
-        m_tile = (o_segment < n_segments)[:, None] & m_value[None, :]
-        steps = tl.load(p_step + o_segment[:, None] * channels + (o_value // N)[None, :], mask=m_tile, other=0.0)
-        p_tile = p_summary + o_segment[:, None] * (channels * N) + o_value[None, :]
-        value = tl.load(p_tile, mask=m_tile, other=0.0)
-        states = scan_rows(tl.exp2(steps * rate[None, :])[:, None, :], value[:, None, :], state)
+        m_tile = (o_row < n_segments - i) & ((channels * N % BLOCK == 0) | m_value[None, :])
+        steps = tl.load(p_steps + o_row * channels, mask=m_tile, other=0.0)
+        value = tl.load(p_value + o_row * (channels * N), mask=m_tile, other=0.0)
+        states = scan_rows(tl.exp2(steps * rate)[:, None, :], value[:, None, :], state)
         state = last_row(states)
-        tl.store(p_tile, tl.reshape(states, (T, BLOCK)), mask=m_tile)
+        tl.store(p_value + o_row * (channels * N), tl.reshape(states, (T, BLOCK)), mask=m_tile)
+        p_value += T * channels * N
+        p_steps += T * channels
 
 
 def carry(launch, summary: Tensor, steps: Tensor) -> None:

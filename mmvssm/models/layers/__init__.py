@@ -22,7 +22,7 @@ from .position import (
     split_class_rows,
     square_grid,
 )
-from .precision import autocast_enabled
+from .precision import autocast_enabled, casts_dropped
 from .rope import GridRope
 from .swiglu import SwiGLU, swiglu_width
 from .windows import WindowGrid, merge_windows, partition_windows
@@ -49,6 +49,7 @@ __all__ = [
     "WindowGrid",
     "autocast_enabled",
     "build_activation",
+    "casts_dropped",
     "class_indices",
     "conv_channel_last",
     "drop_path_rates",
