@@ -1,4 +1,4 @@
-"""Vim's inner block, Triton forward pass: what needs no recurrence, of both directions from one read of x.
+"""Vim's inner block, Triton forward pass: what needs no recurrence.
 
 These are the convolutions with SiLU, the projections to low-rank step sizes and to the weights B and C of every token,
 and the step sizes. What the scans read for every token and channel is left in the dtype of the inputs.
@@ -139,7 +139,6 @@ def bidirectional_selective_scan_fwd_kernel_project(
     RANK: tl.constexpr,
     S: tl.constexpr,
     NR: tl.constexpr,
-    TWO: tl.constexpr,
     T: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -149,7 +148,7 @@ def bidirectional_selective_scan_fwd_kernel_project(
 ):
     """Inputs (B, padded L, E) and step sizes (K, B, padded L, E) of the scans, and projections in scan order.
 
-    A program owns ``BLOCK_T`` of all rows of all sequences.
+    A program owns ``BLOCK_T`` of all rows of all sequences, for one direction.
     """
     o_row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     m_row = o_row < n_rows
@@ -157,71 +156,50 @@ def bidirectional_selective_scan_fwd_kernel_project(
     o_token = o_row % (n_all * T)
     m_token = m_row & (o_token < length)
     p_rows = p_x + i_batch.to(tl.int64) * stride_batch + o_token.to(tl.int64) * stride_token
-    n_values = n_rows.to(tl.int64) * channels
+    p_dt += tl.program_id(1) * n_rows.to(tl.int64) * channels
+    p_taps += tl.program_id(1) * (W + 1) * channels
+    p_operands += tl.program_id(1) * (2 * BLOCK_R + BLOCK_P) * channels
+    back = 1  # tokens between a tap and the one before
+    o_scan = o_row
+    if tl.program_id(1) == 1:
+        p_u = p_u_b
+        p_dt_bias = p_dt_bias_b
+        back = -1
+        # Scan order: every sequence's rows from the last to the first.
+        o_scan = n_rows + (i_batch + 1) * (n_all * T) - 1 - o_token
     narrow = p_u.dtype.element_ty
     low_rank = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     weights = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
-    low_rank_b = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    weights_b = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
     for i in range(tl.cdiv(channels, BLOCK_C)):
         o_channel, m_channel = block_channels(i, channels, BLOCK_C)
         o_tile = o_row.to(tl.int64)[:, None] * channels + o_channel[None, :]
         m_tile = m_row[:, None] & m_channel[None, :]
         # Stores come last: loads do not move across them.
         p_rank = p_operands + i * BLOCK_C
-        p_rank_b = p_rank + (2 * BLOCK_R + BLOCK_P) * channels
         n_channels = channels - i * BLOCK_C
         to_rank = _load_operand(p_rank, n_channels, channels, BLOCK_C, BLOCK_R)
         to_weights = _load_operand(p_rank + BLOCK_R * channels, n_channels, channels, BLOCK_C, BLOCK_P)
-        if TWO:
-            to_rank_b = _load_operand(p_rank_b, n_channels, channels, BLOCK_C, BLOCK_R)
-            to_weights_b = _load_operand(p_rank_b + BLOCK_R * channels, n_channels, channels, BLOCK_C, BLOCK_P)
         p_own = p_taps + o_channel
-        p_other = p_own + (W + 1) * channels
         conv = tl.broadcast_to(tl.load(p_own + W * channels, mask=m_channel, other=0.0)[None, :], (BLOCK_T, BLOCK_C))
-        conv_b = conv
-        if TWO:
-            bias_b = tl.load(p_other + W * channels, mask=m_channel, other=0.0)
-            conv_b = tl.broadcast_to(bias_b[None, :], (BLOCK_T, BLOCK_C))
-        for k in tl.static_range(2 * W - 1 if TWO else W):
-            # The token k - (W - 1) after this one meets tap k of the forward convolution and W - 1 taps later, counted
-            # from the last, one of the backward convolution; both meet the token itself with their last tap.
-            o_tap = o_token + (k - (W - 1))
-            m_tap = m_row & (o_tap >= 0) & (o_tap < length)
-            p_tile = p_rows[:, None] + ((k - (W - 1)) * stride_token + o_channel[None, :])
+        for k in tl.static_range(W):
+            o_back = back * (W - 1 - k)
+            m_tap = m_row & (o_token >= o_back) & (o_token - o_back < length)
+            p_tile = (p_rows - o_back * stride_token)[:, None] + o_channel[None, :]
             x = tl.load(p_tile, mask=m_tap[:, None] & m_channel[None, :], other=0.0).to(tl.float32)
-            if k < W:
-                conv += x * tl.load(p_own + k * channels, mask=m_channel, other=0.0)[None, :]
-            if TWO and k >= W - 1:
-                conv_b += x * tl.load(p_other + (2 * W - 2 - k) * channels, mask=m_channel, other=0.0)[None, :]
+            conv += x * tl.load(p_own + k * channels, mask=m_channel, other=0.0)[None, :]
         # Padding after the last token projects to zero.
         u = tl.where(m_token[:, None], silu(conv), 0.0)
         low_rank = split_dot(u, to_rank, low_rank, PRECISION)
         weights = split_dot(u, to_weights, weights, PRECISION)
-        if TWO:
-            u_b = tl.where(m_token[:, None], silu(conv_b), 0.0)
-            low_rank_b = split_dot(u_b, to_rank_b, low_rank_b, PRECISION)
-            weights_b = split_dot(u_b, to_weights_b, weights_b, PRECISION)
-            tl.store(p_u_b + o_tile, u_b.to(narrow), mask=m_tile)
         tl.store(p_u + o_tile, u.to(narrow), mask=m_tile)
-    _store_projections(p_weights, p_projected, o_row, m_row, low_rank, weights, N, RANK, S, NR)
-    if TWO:
-        # Scan order: every sequence's rows from the last to the first.
-        o_scan = n_rows + (i_batch + 1) * (n_all * T) - 1 - o_token
-        _store_projections(p_weights, p_projected, o_scan, m_row, low_rank_b, weights_b, N, RANK, S, NR)
+    _store_projections(p_weights, p_projected, o_scan, m_row, low_rank, weights, N, RANK, S, NR)
     for i in range(tl.cdiv(channels, BLOCK_C)):
         o_channel, m_channel = block_channels(i, channels, BLOCK_C)
         o_tile = o_row.to(tl.int64)[:, None] * channels + o_channel[None, :]
         m_tile = m_row[:, None] & m_channel[None, :]
         p_step = p_operands + (BLOCK_R + BLOCK_P) * channels + i * BLOCK_C
-        n_channels = channels - i * BLOCK_C
-        to_step = tl.trans(_load_operand(p_step, n_channels, channels, BLOCK_C, BLOCK_R))
+        to_step = tl.trans(_load_operand(p_step, channels - i * BLOCK_C, channels, BLOCK_C, BLOCK_R))
         bias = load_vector(p_dt_bias, o_channel, m_channel)
-        if TWO:
-            p_step += (2 * BLOCK_R + BLOCK_P) * channels
-            to_step_b = tl.trans(_load_operand(p_step, n_channels, channels, BLOCK_C, BLOCK_R))
-            bias_b = load_vector(p_dt_bias_b, o_channel, m_channel)
-            tl.store(p_dt + n_values + o_tile, _step_sizes(low_rank_b, to_step_b, bias_b, PRECISION), mask=m_tile)
         tl.store(p_dt + o_tile, _step_sizes(low_rank, to_step, bias, PRECISION), mask=m_tile)
 
 
@@ -248,7 +226,7 @@ def project(launch, projected: Tensor | None, taps: Tensor) -> tuple[list[Tensor
     bidirectional_selective_scan_fwd_kernel_prepare[(triton.cdiv(launch.channels, block), launch.directions, 2)](
         taps, operands, *prepared[0], *prepared[-1], launch.channels, launch.rank, BLOCK_C=block, num_warps=1, **sizes
     )
-    bidirectional_selective_scan_fwd_kernel_project[(triton.cdiv(rows, _TOKENS),)](
+    bidirectional_selective_scan_fwd_kernel_project[(triton.cdiv(rows, _TOKENS), launch.directions)](
         launch.xz,
         projected,
         weights,
@@ -266,7 +244,6 @@ def project(launch, projected: Tensor | None, taps: Tensor) -> tuple[list[Tensor
         *launch.xz.stride()[:2],
         RANK=launch.row - 2 * launch.state,
         NR=min(STATES_TOGETHER, states),
-        TWO=launch.directions == 2,
         T=TILE,
         BLOCK_T=_TOKENS,
         BLOCK_C=_CHANNELS if is_narrow else 32,
