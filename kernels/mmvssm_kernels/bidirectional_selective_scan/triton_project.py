@@ -14,9 +14,9 @@ from .triton_launch import register_limit
 from .triton_tile import block_channels, load_vector, silu, split_dot
 
 # Tokens and warps of a program, channels of a step of it (fewer for float32), and registers of a thread.
-_TOKENS = 16
-_WARPS = 4
-_CHANNELS = 64
+_TOKENS = 32
+_WARPS = 2
+_CHANNELS = 32
 _REGISTERS = 128
 
 # Neighbouring states of a lane of the scans.
@@ -155,18 +155,23 @@ def bidirectional_selective_scan_fwd_kernel_project(
     i_batch = o_row // (n_all * T)
     o_token = o_row % (n_all * T)
     m_token = m_row & (o_token < length)
-    p_rows = p_x + i_batch.to(tl.int64) * stride_batch + o_token.to(tl.int64) * stride_token
     p_dt += tl.program_id(1) * n_rows.to(tl.int64) * channels
     p_taps += tl.program_id(1) * (W + 1) * channels
     p_operands += tl.program_id(1) * (2 * BLOCK_R + BLOCK_P) * channels
-    back = 1  # tokens between a tap and the one before
+    # The first token that meets a tap, its tap, and the way to the next tap.
+    o_first = o_token - (W - 1)
+    p_first = p_taps
+    next_tap = channels
     o_scan = o_row
     if tl.program_id(1) == 1:
         p_u = p_u_b
         p_dt_bias = p_dt_bias_b
-        back = -1
+        o_first = o_token
+        p_first = p_taps + (W - 1) * channels
+        next_tap = -channels
         # Scan order: every sequence's rows from the last to the first.
         o_scan = n_rows + (i_batch + 1) * (n_all * T) - 1 - o_token
+    p_rows = p_x + i_batch.to(tl.int64) * stride_batch + o_first.to(tl.int64) * stride_token
     narrow = p_u.dtype.element_ty
     low_rank = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     weights = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
@@ -179,14 +184,13 @@ def bidirectional_selective_scan_fwd_kernel_project(
         n_channels = channels - i * BLOCK_C
         to_rank = _load_operand(p_rank, n_channels, channels, BLOCK_C, BLOCK_R)
         to_weights = _load_operand(p_rank + BLOCK_R * channels, n_channels, channels, BLOCK_C, BLOCK_P)
-        p_own = p_taps + o_channel
-        conv = tl.broadcast_to(tl.load(p_own + W * channels, mask=m_channel, other=0.0)[None, :], (BLOCK_T, BLOCK_C))
+        bias = tl.load(p_taps + W * channels + o_channel, mask=m_channel, other=0.0)
+        conv = tl.broadcast_to(bias[None, :], (BLOCK_T, BLOCK_C))
         for k in tl.static_range(W):
-            o_back = back * (W - 1 - k)
-            m_tap = m_row & (o_token >= o_back) & (o_token - o_back < length)
-            p_tile = (p_rows - o_back * stride_token)[:, None] + o_channel[None, :]
+            m_tap = m_row & (o_first + k >= 0) & (o_first + k < length)
+            p_tile = p_rows[:, None] + (k * stride_token + o_channel[None, :])
             x = tl.load(p_tile, mask=m_tap[:, None] & m_channel[None, :], other=0.0).to(tl.float32)
-            conv += x * tl.load(p_own + k * channels, mask=m_channel, other=0.0)[None, :]
+            conv += x * tl.load(p_first + k * next_tap + o_channel, mask=m_channel, other=0.0)[None, :]
         # Padding after the last token projects to zero.
         u = tl.where(m_token[:, None], silu(conv), 0.0)
         low_rank = split_dot(u, to_rank, low_rank, PRECISION)
