@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .triton_carry import carry
 from .triton_launch import RUN_TIME_SIZES, Launch
-from .triton_project import STATES_TOGETHER, project
+from .triton_project import project
 from .triton_tile import (
     in_lanes,
     load_of_channels,
@@ -46,40 +46,11 @@ def _load_weights(p_group, o_weight, S: tl.constexpr, SUMMARY: tl.constexpr):
 
 
 @triton.jit
-def _power_of_two(x):
-    """2^x for x <= 0 without the special-function unit (relative error 3e-7)."""
-    x = tl.maximum(x, -126.0)
-    shifted = x + 12582912.0  # 1.5 2^23: the lowest bits hold the nearest integer
-    f = x - (shifted - 12582912.0)
-    power = 0.009675540961325169 + f * 0.001327647129073739
-    power = 0.05550713092088699 + f * power
-    power = 0.24022120237350464 + f * power
-    power = 0.6931469440460205 + f * power
-    power = 1.0 + f * power
-    bits = power.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _decays(exponent, HALF: tl.constexpr):
-    """2^exponent of a tile of states; ``HALF`` of them by multiply-adds, if the tile has two groups."""
-    if HALF and exponent.shape[1] == 2:
-        # Sums of integers of which one is not zero name registers.
-        first = (tl.arange(0, 2) == 0)[None, :, None, None, None]
-        bits = exponent.to(tl.int32, bitcast=True)
-        unit = tl.sum(tl.where(first, bits, 0), axis=1, keep_dims=True).to(tl.float32, bitcast=True)
-        other = tl.sum(tl.where(first, 0, bits), axis=1, keep_dims=True).to(tl.float32, bitcast=True)
-        return tl.where(first, tl.exp2(unit), _power_of_two(other))
-    else:
-        return tl.exp2(exponent)
-
-
-@triton.jit
-def _token(state, rate, skip, dt, u, B, C, SUMMARY: tl.constexpr, HALF: tl.constexpr = False):
+def _token(state, rate, skip, dt, u, B, C, SUMMARY: tl.constexpr):
     """State behind one token, and its result (CR, CL), or its step size (CR, NL, CL) for summaries."""
     dt = dt.to(tl.float32)
     u = u.to(tl.float32)
-    state = _decays(of_lanes(dt) * rate, SUMMARY and HALF) * state + of_lanes(dt * u) * of_states(B)
+    state = tl.exp2(of_lanes(dt) * rate) * state + of_lanes(dt * u) * of_states(B)
     if SUMMARY:
         return state, dt
     else:
@@ -143,7 +114,6 @@ def _walk(
     """
     BLOCK_C: tl.constexpr = CR * CL
     S: tl.constexpr = NR * NG * NL
-    UNROLL: tl.constexpr = 1 if GATE and not SUMMARY else 2
     o_state, o_local = state_axes(NR, NG, CR, NL, CL)
     o_owned = tl.program_id(0) * BLOCK_C + o_local
     m_owned = (o_owned < channels) | (channels % BLOCK_C == 0)
@@ -182,7 +152,7 @@ def _walk(
     u2 = load_of_channels(p_v + 2 * STEP, o_owned, m_owned, NL)
     dt3 = load_of_channels(p_t + 3 * STEP, o_owned, m_owned, NL)
     u3 = load_of_channels(p_v + 3 * STEP, o_owned, m_owned, NL)
-    for i in tl.range(i_group, n_groups, loop_unroll_factor=UNROLL):
+    for i in range(i_group, n_groups):
         if KEEP and not SUMMARY:
             i_tile = i_first + i // (T // 4)
             if (i % (T // 4) == 0) & (i_tile > 0):
@@ -212,7 +182,7 @@ def _walk(
             if ADD:
                 other = tl.load(p_other + o_dense, mask=m_padded, other=0.0)
         tl.debug_barrier()  # otherwise the compiler moves the loads above to where their results are used
-        state, y0 = _token(state, rate, skip, dt0, u0, B, C, SUMMARY, HALF=True)
+        state, y0 = _token(state, rate, skip, dt0, u0, B, C, SUMMARY)
         state, y1 = _load_token(state, rate, skip, dt1, u1, p_B + NR, o_weight, S, SUMMARY)
         state, y2 = _load_token(state, rate, skip, dt2, u2, p_B + 2 * NR, o_weight, S, SUMMARY)
         state, y3 = _load_token(state, rate, skip, dt3, u3, p_B + 3 * NR, o_weight, S, SUMMARY)
@@ -374,14 +344,13 @@ def bidirectional_forward(
     keep = projected.numel() > 0
     if not keep:
         projected, taps = None, launch.empty(launch.directions, launch.width + 1, launch.channels)
-    u, dt, weights = project(launch, projected, taps)
+    grid, n_tiles, segments, constants = launch.plan(_OWN_CHANNELS, _STATE_LANES, _MAX_REGISTERS, _ENOUGH_PROGRAMS)
+    u, dt, weights = project(launch, projected, taps, constants["NR"])
     shape = (launch.batch, launch.length, launch.channels)
     if out_dtype == xz.dtype and (launch.batch == 1 or launch.length == launch.padded):
         out = u[0].view(-1)[: math.prod(shape)].view(shape)  # every token is read before its result is stored
     else:
         out = launch.empty(*shape, dtype=out_dtype)
-    grid, n_tiles, segments, constants = launch.plan(_OWN_CHANNELS, _STATE_LANES, _MAX_REGISTERS, _ENOUGH_PROGRAMS)
-    assert constants["NR"] == min(STATES_TOGETHER, constants["NR"] * constants["NG"] * constants["NL"])
     summary, steps = launch.summaries(segments)
     members = [[p[i] for i in (5, 6)] for p in launch.parameters]
     tensors = (launch.xz, u[0], u[-1], dt, weights, borders, summary, steps, y, out, *members[0], *members[-1])

@@ -13,14 +13,12 @@ from .op import TILE
 from .triton_launch import register_limit
 from .triton_tile import block_channels, load_vector, silu, split_dot
 
-# Tokens and warps of a program, channels of a step of it (fewer for float32), and registers of a thread.
+# Tokens and warps of a program, channels of a step of it, and registers of a thread. A warp has 16 tokens of its own:
+# warps that share tokens load the same operands, and the way out of the first-level cache is narrow.
 _TOKENS = 32
 _WARPS = 2
 _CHANNELS = 32
 _REGISTERS = 128
-
-# Neighbouring states of a lane of the scans.
-STATES_TOGETHER = 4
 
 
 @triton.jit
@@ -207,7 +205,7 @@ def bidirectional_selective_scan_fwd_kernel_project(
         tl.store(p_dt + o_tile, _step_sizes(low_rank, to_step, bias, PRECISION), mask=m_tile)
 
 
-def project(launch, projected: Tensor | None, taps: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+def project(launch, projected: Tensor | None, taps: Tensor, neighbours: int) -> tuple[list[Tensor], Tensor, Tensor]:
     """Inputs (B, padded L, E) of the scan of each direction, step sizes (K, B, padded L, E), and B and C.
 
     The latter are float32 (K, B, padded L / 4, 2 S / NR, 4, NR), S being N padded to a power of two; the others have
@@ -247,14 +245,14 @@ def project(launch, projected: Tensor | None, taps: Tensor) -> tuple[list[Tensor
         rows,
         *launch.xz.stride()[:2],
         RANK=launch.row - 2 * launch.state,
-        NR=min(STATES_TOGETHER, states),
+        NR=neighbours,
         T=TILE,
         BLOCK_T=_TOKENS,
-        BLOCK_C=_CHANNELS if is_narrow else 32,
+        BLOCK_C=_CHANNELS,
         PRECISION=launch.precision,
         num_warps=_WARPS,
         num_stages=1,
-        # So that four programs fit on a multiprocessor; exact float32 products and many states need the registers.
+        # So that eight programs fit on a multiprocessor; exact float32 products and many states need the registers.
         **(register_limit(_REGISTERS) if is_narrow and launch.block_rows <= 64 else {}),
         **sizes,
     )
