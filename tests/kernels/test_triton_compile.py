@@ -18,7 +18,7 @@ KERNELS += ["bias_activation_fwd_kernel", "bias_activation_bwd_kernel", "sum_row
 KERNELS += ["selective_scan_segments_kernel", "selective_scan_sums_kernel"]
 
 KERNELS += [f"bidirectional_gla_{part}_kernel" for part in ("states", "scan", "fwd", "bwd", "weight")]
-KERNELS += [f"bidirectional_selective_scan_fwd_kernel_{part}" for part in ("taps", "project", "scan")]
+KERNELS += [f"bidirectional_selective_scan_fwd_kernel_{part}" for part in ("prepare", "project", "scan")]
 KERNELS += ["bidirectional_selective_scan_kernel_carry"]
 _PARTS = ("again", "scan", "sum", "project", "convolve", "finish")
 KERNELS += [f"bidirectional_selective_scan_bwd_kernel_{part}" for part in _PARTS]

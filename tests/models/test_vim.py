@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -404,6 +405,31 @@ def test_residual_stream_under_autocast(residual_in_fp32):
     half, single = torch.bfloat16, torch.float32
     assert seen[0] == [half, single]  # the tokens themselves are float32
     assert seen[1:] == [[half, single if residual_in_fp32 else half]] * 3
+
+
+@torch.no_grad()
+def test_inference_holds_no_more_than_it_needs():
+    net, seen, alive, copies = make().eval(), [], [], []
+
+    def enters(block, args):
+        seen.extend(weakref.ref(t) for t in args[0] if t is not None)
+
+    def projected(in_proj, args, xz):
+        # Of the branch and the stream that came into the block, and what its norm made of them, the last is still held
+        # by this call.
+        seen.append(weakref.ref(args[0]))
+        alive.append(sum(ref() is not None for ref in seen[:-1]))
+        copies.append(torch.is_autocast_cache_enabled())
+
+    for block in net.layers[1:]:
+        block.register_forward_pre_hook(enters)
+        block.mixer.in_proj.register_forward_hook(projected)
+    with torch.autocast("cpu", torch.bfloat16):
+        net(image(1, 3, 32, 32))
+        assert torch.is_autocast_cache_enabled()
+    assert len(seen) == 9
+    assert alive == [0, 0, 0]
+    assert copies == [False] * 3
 
 
 @torch.no_grad()

@@ -40,17 +40,29 @@ def bidirectional_selective_scan_kernel_carry(
         A_log = tl.load(p_A_log + o_value, mask=m_value, other=0.0).to(tl.float32)
     else:
         A_log = tl.load(p_A_log_b + o_value, mask=m_value, other=0.0).to(tl.float32)
-    rate = -tl.exp2(A_log * LOG2_E) * LOG2_E
+    rate = (-tl.exp2(A_log * LOG2_E) * LOG2_E)[None, :]
     state = tl.zeros((1, BLOCK), tl.float32)
+    # Rows of a tile are constants apart, which cost no instructions.
+    o_row = tl.arange(0, T)[:, None]
+    m_value = (channels * N % BLOCK == 0) | m_value[None, :]
+    p_value = p_summary + o_value[None, :]
+    p_steps = p_step + (o_value // N)[None, :]
+    m_first = (o_row < n_segments) & m_value
+    steps = tl.load(p_steps + o_row * channels, mask=m_first, other=0.0)
+    value = tl.load(p_value + o_row * (channels * N), mask=m_first, other=0.0)
     for i in range(0, n_segments, T):
-        o_segment = i + tl.arange(0, T)
-        m_tile = (o_segment < n_segments)[:, None] & m_value[None, :]
-        steps = tl.load(p_step + o_segment[:, None] * channels + (o_value // N)[None, :], mask=m_tile, other=0.0)
-        p_tile = p_summary + o_segment[:, None] * (channels * N) + o_value[None, :]
-        value = tl.load(p_tile, mask=m_tile, other=0.0)
-        states = scan_rows(tl.exp2(steps * rate[None, :])[:, None, :], value[:, None, :], state)
+        # The next tile is loaded ahead; loads do not move across stores.
+        p_steps += T * channels
+        m_next = (o_row < n_segments - i - T) & m_value
+        next_steps = tl.load(p_steps + o_row * channels, mask=m_next, other=0.0)
+        next_value = tl.load(p_value + (o_row + T) * (channels * N), mask=m_next, other=0.0)
+        states = scan_rows(tl.exp2(steps * rate)[:, None, :], value[:, None, :], state)
         state = last_row(states)
-        tl.store(p_tile, tl.reshape(states, (T, BLOCK)), mask=m_tile)
+        tl.store(
+            p_value + o_row * (channels * N), tl.reshape(states, (T, BLOCK)), mask=(o_row < n_segments - i) & m_value
+        )
+        p_value += T * channels * N
+        steps, value = next_steps, next_value
 
 
 def carry(launch, summary: Tensor, steps: Tensor) -> None:

@@ -64,19 +64,26 @@ class VimBlock(BaseModule):
         self.norm = ADD_NORMS[norm](embed_dims)
         self.mixer = BidirectionalMamba(embed_dims, **(mixer or {}))
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor | list[torch.Tensor | None], residual: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the block.
 
         Args:
-            x: Output of the mixer before (B, L, C); the tokens in the first block.
+            x: Output of the mixer before (B, L, C); the tokens in the first block. Or a list of this and ``residual``,
+                which is emptied, so that the memory of both is free while the mixer runs.
             residual: Residual stream (B, L, C); None in the first block.
 
         Returns:
             Output of the mixer, and the residual stream, to which that output is still to be added.
         """
+        if isinstance(x, list):
+            residual, x = x.pop(), x.pop()
         residual_dtype = None if self.residual_in_fp32 else x.dtype
-        x, residual = self.norm(x, residual, self.drop_path.sample_scale(x), residual_dtype)
-        return self.mixer(x), residual
+        normed = list(self.norm(x, residual, self.drop_path.sample_scale(x), residual_dtype))
+        del x
+        residual = normed.pop()
+        return self.mixer(normed), residual
 
 
 @MODELS.register_module()
@@ -306,8 +313,9 @@ class Vim(BaseBackbone):
         outs = {}
         last = self.out_indices[-1]
         for first, step in self._steps():
-            x, residual = self._rotate(x, residual, grid, flipped)
-            x, residual = step(x, residual)
+            stream = list(self._rotate(x, residual, grid, flipped))
+            del x, residual  # the block frees them
+            x, residual = step(stream)
             # What has just been formed is the stream after the block before.
             if self.feature == "stream" and first - 1 in self.out_indices:
                 outs[first - 1] = self._normalise(first - 1, residual)
@@ -349,13 +357,14 @@ class Vim(BaseBackbone):
         return self._positions.get(key, resized, self.pos_embed.device)
 
     def _steps(self):
-        """First block of every step, and a function of (x, residual) that runs it: a block, or a pair of them."""
+        """First block of every step, and a function of [x, residual] that runs it: a block, or a pair of them."""
+        recompute = self.with_cp and torch.is_grad_enabled()
         if not self.alternate:
             for i, block in enumerate(self.layers):
-                yield i, lambda x, r, block=block: run_block(block, x, r, with_cp=self.with_cp)
+                yield i, (lambda stream, block=block: run_block(block, *stream, with_cp=True)) if recompute else block
             return
         for i in range(0, len(self.layers), 2):
-            yield i, lambda x, r, i=i: self._run_pair(self.layers[i], self.layers[i + 1], x, r)
+            yield i, lambda stream, i=i: self._run_pair(self.layers[i], self.layers[i + 1], *stream)
 
     def _run_pair(self, forward_block: nn.Module, backward_block: nn.Module, x, residual):
         reversed_residual = None if residual is None else residual.flip(1)

@@ -149,16 +149,16 @@ class BidirectionalMamba(BaseModule):
         if first_call:
             self.init_ssm_parameters()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         """Mix tokens.
 
         Args:
-            x: (B, L, C).
+            x: (B, L, C), or a list of it alone, which is emptied, so that its memory is free during the scans.
 
         Returns:
             (B, L, C) in the dtype of out_proj's result.
         """
-        xz = self.in_proj(x)  # (B, L, 2E)
+        xz = self.in_proj(x.pop() if isinstance(x, list) else x)  # (B, L, 2E)
         if self.directions == "shared":
             y = self._shared_scans(xz)
         else:
