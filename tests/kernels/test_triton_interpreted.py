@@ -62,7 +62,7 @@ if interpreting():
         from mmvssm_kernels.causal_conv1d import triton_launch as causal_conv1d
         from mmvssm_kernels.locality_gate import triton_bwd as locality_gate
         from mmvssm_kernels.selective_scan import triton_launch
-        from mmvssm_kernels.selective_scan_2d import segments as selective_scan_2d
+        from mmvssm_kernels.selective_scan_2d import segments as selective_scan_2d, triton_launch as launch_2d
 
         # Smaller blocks than on a GPU: the interpreter walks through a tile element by element.
         for form in ("forward_form", "backward_form"):

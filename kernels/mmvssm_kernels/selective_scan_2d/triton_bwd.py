@@ -17,28 +17,32 @@ from torch import Tensor
 from .triton_launch import Launch, in_pairs, pixel_stride, pixel_uniform
 from .triton_tile import (
     LN_2,
+    as_chains,
     as_factor,
     dlow_rank_of,
     end_flow,
     end_state,
     enter_groups,
+    half_offsets,
     load_low_rank,
     load_rate,
     load_rows,
     load_tile,
+    only_weights,
+    product,
     raw_steps,
     scan_adjoint,
     scan_states,
-    segment_tokens,
     softplus_log2,
     step_weights,
     step_weights_back,
     store_low_rank,
     store_tile,
+    tile_tokens,
 )
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width", "n_segments", "n_loops", "first", "count"])
+@triton.jit(do_not_specialize=["batch", "height", "width", "n_tiles", "n_walk", "first", "count"])
 def selective_scan_2d_bwd_kernel(
     p_x,
     p_dy,
@@ -48,7 +52,7 @@ def selective_scan_2d_bwd_kernel(
     p_rate,
     p_skip,
     p_entering,
-    p_flow_entering,
+    p_flow,
     p_sum,
     p_dx,
     p_dprojected,
@@ -56,8 +60,8 @@ def selective_scan_2d_bwd_kernel(
     batch,
     height,
     width,
-    n_segments,
-    n_loops,
+    n_tiles,
+    n_walk,
     first,
     count,
     stride_pixel: tl.constexpr,
@@ -73,11 +77,12 @@ def selective_scan_2d_bwd_kernel(
     PRECISION: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
-    """Gradients from both directions of ``count`` paths, rows and columns, from the ``first`` on.
+    """Gradients from ``count`` directions from the ``first`` on, in the order 0, 2, 1, 3.
 
-    p_sum (batch, H, W, D) float32 takes the gradient of x along rows, p_dx that along both; p_dprojected is
-    (channel blocks, batch, H, W, 4, R + 2N); p_dparameters (programs, 4, R + 2 + N, D) has rows of the weights and the
-    bias of step sizes, of D and of A_log.
+    p_flow (batch, 4, segments, N, D) has what enters the segments in the adjoint scan and may be overwritten. p_sum
+    (batch, H, W, D), float32, takes the gradient of x so far, p_dx that of all directions; p_dprojected is (channel
+    blocks, batch, H, W, 4, R + 2N); p_dparameters (programs, 4, R + 2 + N, D) has rows of the weights and the bias of
+    step sizes, of D (in that of direction 0, for all) and of A_log.
     """
     M: tl.constexpr = R + 2 * N
     C: tl.constexpr = 4 * V
@@ -89,95 +94,104 @@ def selective_scan_2d_bwd_kernel(
     i_channel = i_block * C
     o_channel = i_channel + tl.arange(0, C)
     m_channel = o_channel < D
-    i_first = i_group * n_loops
-    i_end = tl.minimum(i_first + n_loops, batch * n_segments)
+    n_segments = (n_tiles + n_walk - 1) // n_walk
+    i_image = i_group // n_segments
+    i_segment = i_group - i_image * n_segments
+    i_first = i_segment * n_walk
+    n_now = tl.minimum(n_walk, n_tiles - i_first)
+    o_half = half_offsets(i_channel, C)
+    m_half = o_half < D
     o_rank = tl.arange(0, BLOCK_R)
     m_rank = (o_rank < R)[:, None] & m_channel[None, :]
     p_dprojected += tl.cast(i_block, tl.int64) * batch * height * width * (4 * M)
     p_dparameters += tl.cast(i_group, tl.int64) * (4 * (R + 2 + N) * D)
-    for path in range(first, first + count):
-        skip = load_rows(p_skip, path, i_channel, D, 1, V) + load_rows(p_skip, path + 2, i_channel, D, 1, V)
-        dskip = tl.zeros((Q, C), tl.float32)
-        for d in tl.static_range(2):
-            tl.debug_barrier()  # the sum so far may be read by other threads of this program than wrote it
-            i_direction, i_slot = path + 2 * d, 2 * path + d
-            weight, bias = step_weights(p_dt_weight, p_dt_bias, i_channel, i_direction, D, R, BLOCK_R, V, PRECISION)
-            weight_back = step_weights_back(p_dt_weight, i_channel, i_direction, D, R, BLOCK_R, V, WIDTH, PRECISION)
-            dweight = tl.zeros((BLOCK_R, C), tl.float32)
-            dbias = tl.zeros((Q, C), tl.float32)
-            drate = tl.zeros((Q, C), tl.float32)
-            p_parameter = p_dparameters + i_direction * ((R + 2 + N) * D) + o_channel
-            for i_sequence in range(i_first, i_end):
-                o_pixel, m_token = segment_tokens(i_sequence, n_segments, path == 1, height, width, T, Q)
-                u = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
-                dy = load_tile(p_dy, o_pixel, m_token, i_channel, stride_dy_pixel, D, V).to(tl.float32)
-                low_rank = load_low_rank(p_projected, o_pixel, i_slot, K, R, BLOCK_R)
-                raw = raw_steps(low_rank, weight, bias, WIDTH, PRECISION)
-                v = softplus_log2(raw, PRECISE)
-                steps = tl.sum(v, axis=0)
-                p_token = p_projected + i_slot * K + R + o_pixel.to(tl.int64) * (4 * K)
-                p_dtoken = p_dprojected + i_slot * M + R + o_pixel.to(tl.int64) * (4 * M)
-                i_summary = (i_sequence // n_segments * 4 + i_direction) * n_segments + i_sequence % n_segments
-                dinput = tl.zeros((T, Q, C), tl.float32)
-                ddecay = tl.zeros((T, Q, C), tl.float32)
-                for n in range(N):
-                    rate = load_rate(p_rate, i_channel, i_direction, n, D, N, Q, V)
-                    entering = tl.zeros((Q, C), tl.float32)
-                    flow = tl.zeros((Q, C), tl.float32)
-                    if n_segments > 1:
-                        entering = load_rows(p_entering, i_summary * N + n, i_channel, D, Q, V)
-                        flow = load_rows(p_flow_entering, i_summary * N + n, i_channel, D, Q, V)
-                    b_B = tl.load(p_token + n).to(tl.float32)
-                    b_C = tl.load(p_token + N + n).to(tl.float32)
-                    decay = tl.exp2(v * -rate[None, :, :])
-                    total = tl.exp2(steps * -rate)
-                    value = u * v * (b_B * LN_2)[:, :, None]
-                    entering = enter_groups(total, end_state(decay, value, d == 1), entering, d == 1)
-                    states, inflow = scan_states(decay, value, entering, d == 1)
-                    dC = tl.sum(states * dy, axis=2)
-                    value = dy * b_C[:, :, None]
-                    flow = enter_groups(total, end_flow(decay, value, d == 1), flow, d == 0)
-                    grad = scan_adjoint(decay, value, flow, d == 1)
-                    dB = tl.sum(grad * (u * v), axis=2) * LN_2
-                    dinput += grad * b_B[:, :, None]
-                    inflow *= grad
-                    ddecay += inflow * rate[None, :, :]
-                    drate_now = tl.sum(inflow * v, axis=0)
-                    if N == 1:
-                        drate += drate_now
-                    else:  # one segment per program
-                        sums = tl.sum(drate_now * rate, axis=0) * -LN_2
-                        tl.store(p_parameter + (R + 2 + n) * D, sums, mask=m_channel)
-                    tl.store(p_dtoken + n, dB, mask=m_token)
-                    tl.store(p_dtoken + N + n, dC, mask=m_token)
-                dx = load_tile(p_sum, o_pixel, m_token & (path + d > 0), i_channel, D, D, V)
-                dx += (v * LN_2) * dinput
-                if d == 0:
-                    dskip += tl.sum(u * dy, axis=0)
-                    dx += skip.to(tl.float32)[None, :, :] * dy
-                if path + d == 2:
-                    store_tile(p_dx, dx, o_pixel, m_token, i_channel, D, D, V)
-                else:
-                    store_tile(p_sum, dx, o_pixel, m_token, i_channel, D, D, V)
-                # The derivative of softplus is its input over its output, both as exponents: nothing cancels.
-                draw = (u * dinput - ddecay) * tl.exp2(raw - v)
-                dbias += tl.sum(draw, axis=0)
-                draw = as_factor(draw, OPERAND, PRECISION)
-                dlow_rank = dlow_rank_of(draw, weight_back, WIDTH, PRECISION)
-                store_low_rank(p_dprojected + i_slot * M, dlow_rank, o_pixel, m_token, 4 * M, R)
-                # Read again, from the cache, as keeping them would take registers.
-                low_rank = load_low_rank(p_projected, o_pixel, i_slot, K, R, BLOCK_R)
-                low_rank = tl.trans(as_factor(tl.reshape(low_rank, (T * Q, BLOCK_R)), OPERAND, PRECISION))
-                dweight = tl.dot(low_rank, tl.reshape(draw, (T * Q, C)), dweight, input_precision=PRECISION)
-            tl.store(p_parameter[None, :] + o_rank[:, None] * D, dweight, mask=m_rank)
-            tl.store(p_parameter + R * D, tl.sum(dbias, axis=0), mask=m_channel)
+    dskip = tl.zeros((Q, C), tl.float32)
+    for i_slot in range(first, first + count):
+        i_direction = i_slot // 2 + i_slot % 2 * 2
+        is_column, is_reverse = i_slot >= 2, i_slot % 2 == 1
+        weight, bias = step_weights(p_dt_weight, p_dt_bias, i_channel, i_direction, D, R, BLOCK_R, V, PRECISION)
+        weight_back = step_weights_back(p_dt_weight, i_channel, i_direction, D, R, BLOCK_R, V, WIDTH, PRECISION)
+        skip = load_rows(p_skip, i_direction, i_channel, D, 1, V).to(tl.float32)
+        rate = load_rate(p_rate, i_channel, i_direction, 0, D, N, Q, V)
+        i_sequence = (i_image * 4 + i_direction).to(tl.int64)
+        p_flow_now = p_flow + (i_sequence * n_segments + i_segment) * (N * D) + o_half
+        flow = tl.load(p_flow_now, mask=m_half & (n_segments > 1), other=0.0)
+        dweight = tl.zeros((BLOCK_R, C), tl.float32)
+        dbias = tl.zeros((Q, C), tl.float32)
+        drate = tl.zeros((Q, C), tl.float32)
+        p_parameter = p_dparameters + i_direction * ((R + 2 + N) * D) + o_channel
+        tl.debug_barrier()  # the sum so far may be read by other threads of this program than wrote it
+        for i in range(n_now):
+            i_tile = i_first + tl.where(is_reverse, i, n_now - 1 - i)
+            o_pixel, m_token = tile_tokens(i_image, i_tile, is_column, is_reverse, height, width, T, Q)
+            low_rank = load_low_rank(p_projected, o_pixel, i_slot, K, R, BLOCK_R)
+            u = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
+            dy = load_tile(p_dy, o_pixel, m_token, i_channel, stride_dy_pixel, D, V).to(tl.float32)
+            raw = raw_steps(low_rank, weight, bias, WIDTH, PRECISION)
+            v = softplus_log2(raw, PRECISE)
+            p_dtoken = p_dprojected + i_slot * M + R + o_pixel.to(tl.int64) * (4 * M)
             if N == 1:
-                rate = load_rate(p_rate, i_channel, i_direction, 0, D, N, Q, V)
-                tl.store(p_parameter + (R + 2) * D, tl.sum(drate * rate, axis=0) * -LN_2, mask=m_channel)
-        # Every direction sees the same tokens, so the gradient of its skip is the same, too.
-        for d in tl.static_range(2):
-            p_dskip = p_dparameters + ((path + 2 * d) * (R + 2 + N) + R + 1) * D
-            tl.store(p_dskip + o_channel, tl.sum(dskip, axis=0), mask=m_channel)
+                b_B, b_C = only_weights(p_projected, low_rank, o_pixel, i_slot, K, R, V, WIDTH, PRECISION)
+            p_entering_now = p_entering + (i_sequence * n_tiles + i_tile) * (N * D) + o_half
+            dinput = tl.zeros((T, Q, C), tl.float32)
+            ddecay = tl.zeros((T, Q, C), tl.float32)
+            for n in range(N):
+                if N > 1:  # too many for registers
+                    rate = load_rate(p_rate, i_channel, i_direction, n, D, N, Q, V)
+                    flow = tl.load(p_flow_now + n * D, mask=m_half & ((n_segments > 1) | (i > 0)), other=0.0)
+                    p_token = p_projected + (i_slot * K + R + n) + o_pixel.to(tl.int64) * (4 * K)
+                    b_B = tl.load(p_token).to(tl.float32)[:, :, None]
+                    b_C = tl.load(p_token + N).to(tl.float32)[:, :, None]
+                entering = tl.load(p_entering_now + n * D, mask=m_half, other=0.0)
+                decay = tl.exp2(v * -rate[None, :, :])
+                total = as_chains(product(decay))
+                value = u * v * (b_B * LN_2)
+                entering, _leaving = enter_groups(total, end_state(decay, value), entering, False)
+                before, states = scan_states(decay, value, entering)
+                dC = tl.sum(states * dy, axis=2)
+                value = dy * b_C
+                groups, flow = enter_groups(total, end_flow(decay, value), flow, True)
+                grad, flows = scan_adjoint(decay, value, groups)
+                dB = tl.sum(grad * (u * v), axis=2) * LN_2
+                dinput += grad * b_B
+                flows *= before
+                ddecay += flows * rate[None, :, :]
+                drate_now = tl.sum(flows * v, axis=0)
+                if N == 1:
+                    drate += drate_now
+                else:
+                    tl.store(p_flow_now + n * D, flow, mask=m_half)
+                    p_drate = p_parameter + (R + 2 + n) * D
+                    sums = tl.sum(drate_now * rate, axis=0) * -LN_2
+                    sums += tl.load(p_drate, mask=m_channel & (i > 0), other=0.0)
+                    tl.store(p_drate, sums, mask=m_channel)
+                tl.store(p_dtoken + n, dB, mask=m_token)
+                tl.store(p_dtoken + N + n, dC, mask=m_token)
+            dx = load_tile(p_sum, o_pixel, m_token & (i_slot > 0), i_channel, D, D, V)
+            dx += (v * LN_2) * dinput
+            dx += skip[None, :, :] * dy
+            if i_slot == 0:
+                dskip += tl.sum(u * dy, axis=0)
+            if i_slot == 3:
+                store_tile(p_dx, dx, o_pixel, m_token, i_channel, D, D, V)
+            else:
+                store_tile(p_sum, dx, o_pixel, m_token, i_channel, D, D, V)
+            # The derivative of softplus is its input over its output, both as exponents: nothing cancels.
+            draw = (u * dinput - ddecay) * tl.exp2(raw - v)
+            dbias += tl.sum(draw, axis=0)
+            draw = as_factor(draw, OPERAND, PRECISION)
+            dlow_rank = dlow_rank_of(draw, weight_back, WIDTH, PRECISION)
+            store_low_rank(p_dprojected + i_slot * M, dlow_rank, o_pixel, m_token, 4 * M, R)
+            # Read again, from the cache, as keeping them would take registers.
+            low_rank = load_low_rank(p_projected, o_pixel, i_slot, K, R, BLOCK_R)
+            low_rank = tl.trans(as_factor(tl.reshape(low_rank, (T * Q, BLOCK_R)), OPERAND, PRECISION))
+            dweight = tl.dot(low_rank, tl.reshape(draw, (T * Q, C)), dweight, input_precision=PRECISION)
+        tl.store(p_parameter[None, :] + o_rank[:, None] * D, dweight, mask=m_rank)
+        tl.store(p_parameter + R * D, tl.sum(dbias, axis=0), mask=m_channel)
+        if N == 1:
+            tl.store(p_parameter + (R + 2) * D, tl.sum(drate * rate, axis=0) * -LN_2, mask=m_channel)
+        if i_slot == 0:
+            tl.store(p_parameter + (R + 1) * D, tl.sum(dskip, axis=0), mask=m_channel)
 
 
 @triton.jit(do_not_specialize=["n_elements"])
@@ -209,10 +223,12 @@ def selective_scan_2d_sum_kernel(
     ROWS: tl.constexpr = R + 2 + N
     i_direction = tl.program_id(0) // ROWS
     i_row = tl.program_id(0) % ROWS
+    # Every direction sees the same tokens, so the gradient of its skip is the same, too.
+    i_source = tl.where(i_row == R + 1, 0, i_direction) * ROWS + i_row
     o_channel = tl.program_id(1) * C + tl.arange(0, C)
     m_channel = o_channel < D
     i_group = tl.arange(0, G)
-    p_partial += tl.program_id(0) * D + o_channel[None, :]
+    p_partial += i_source * D + o_channel[None, :]
     total = tl.zeros((G, C), tl.float32)
     for i_first in range(0, n_groups, G):
         i_now = (i_first + i_group).to(tl.int64)[:, None]
@@ -234,6 +250,7 @@ def selective_scan_2d_backward(
     ``entering`` is what the forward pass returned beside its result.
     """
     launch = Launch(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, backward=True)
+    groups = launch.batch * launch.segments
     dy = pixel_uniform(dy)
     batch, channels, rank, state = launch.batch, launch.channels, launch.rank, launch.state
     flows = launch.entering_states(dy, adjoint=True)
@@ -244,13 +261,14 @@ def selective_scan_2d_backward(
     dx = buffer(batch, launch.height, launch.width, channels, dtype=x.dtype)
     total = dx if x.dtype == torch.float32 else torch.empty_like(dx, dtype=torch.float32)
     dprojected = buffer(launch.blocks, len(launch.flat), 4 * (rank + 2 * state), dtype=x.dtype)
-    dparameters = buffer(launch.groups, 4, rank + 2 + state, channels)
+    dparameters = buffer(groups, 4, rank + 2 + state, channels)
     tensors = (launch.x, dy, launch.projected, *launch.parameters, entering, flows)
     outputs = (total, dx, dprojected, dparameters)
-    for first, count in launch.paths:
+    for first, count in launch.parts:
         selective_scan_2d_bwd_kernel[launch.grid](
             *tensors,
             *outputs,
+            batch,
             *launch.sizes,
             first,
             count,
@@ -269,6 +287,6 @@ def selective_scan_2d_backward(
     gradients = tuple(torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters)
     grid = (4 * (rank + 2 + state), triton.cdiv(channels, 32))
     selective_scan_2d_sum_kernel[grid](
-        dparameters, *gradients, launch.groups, channels, rank, state, G=128, C=32, num_warps=4
+        dparameters, *gradients, groups, channels, rank, state, G=128, C=32, num_warps=4
     )
     return dx.permute(0, 3, 1, 2), dx_weight.to(x_proj_weight.dtype), *gradients

@@ -9,9 +9,9 @@ from .triton_states import selective_scan_2d_carry_kernel, selective_scan_2d_sta
 
 # Channels of a lane: the more, the less work per token is repeated; the fewer, the fewer registers.
 _LANE_CHANNELS = 4
-# A program takes segments one after the other, which shares the cost of loading weights, as long as enough programs are
-# left; few, so that what both directions of a path read stays in the cache.
-_MAX_LOOPS, _ENOUGH_PROGRAMS = 4, 132 * 32
+# A program walks through a segment of a sequence, tile by tile. Whole sequences need no states at borders, but have to be
+# enough programs; otherwise segments have at most so many tiles, so that their number is.
+_ENOUGH_PROGRAMS, _MAX_WALK = 132 * 8, 8
 
 
 def _register_limit(state: int, backward: bool) -> dict[str, int]:
@@ -73,14 +73,15 @@ class Launch:
         self.parameters = tuple(t.contiguous() for t in (dt_proj_weight.to(x.dtype), dt_proj_bias, A_log, D))
 
         self.blocks = triton.cdiv(self.channels, 4 * _LANE_CHANNELS)
-        self.segments = segments.count_segments(self.height, self.width)
-        sequences = self.batch * self.segments
-        loops = 1 if self.state > 1 else max(1, min(_MAX_LOOPS, sequences * self.blocks // _ENOUGH_PROGRAMS))
-        self.groups = triton.cdiv(sequences, loops)
-        self.grid = (self.blocks * self.groups,)
-        self.sizes = (self.batch, self.height, self.width, self.segments, loops)
+        self.tiles = segments.count_tiles(self.height, self.width)
+        walk = self.tiles
+        if self.batch * self.blocks < _ENOUGH_PROGRAMS:
+            walk = min(_MAX_WALK, triton.cdiv(self.batch * self.blocks * self.tiles, _ENOUGH_PROGRAMS))
+        self.segments = triton.cdiv(self.tiles, walk)
+        self.grid = (self.blocks * self.batch * self.segments,)
+        self.sizes = (self.height, self.width, self.tiles, walk)
         # Programs of one launch may not meet in a pixel: with several segments, rows and columns are two launches.
-        self.paths = ((0, 2),) if self.segments == 1 else ((0, 1), (1, 1))
+        self.parts = ((0, 4),) if self.segments == 1 else ((0, 2), (2, 2))
         self.constants = dict(
             D=self.channels,
             R=self.rank,
@@ -106,14 +107,13 @@ class Launch:
         entering = rows.new_empty(shape, dtype=torch.float32)
         if self.segments == 1:
             return entering
-        states = torch.empty_like(entering)
-        steps = rows.new_empty(self.batch, 4, self.segments, self.channels, dtype=torch.float32)
-        selective_scan_2d_states_kernel[(2 * self.grid[0],)](
+        states, decays = torch.empty_like(entering), torch.empty_like(entering)
+        selective_scan_2d_states_kernel[(4 * self.grid[0],)](
             rows,
             self.projected,
             *self.parameters[:3],
             states,
-            steps,
+            decays,
             *self.sizes,
             pixel_stride(rows),
             ADJOINT=adjoint,
@@ -124,6 +124,6 @@ class Launch:
         grid = (self.batch * 4 * self.state * triton.cdiv(self.channels, block),)
         sizes = (self.segments, triton.cdiv(self.segments, parts), self.channels, self.state, adjoint)
         selective_scan_2d_carry_kernel[grid](
-            states, steps, entering, self.parameters[2], *sizes, P=parts, S=8, C=block, num_warps=max(1, parts // 8)
+            states, decays, entering, *sizes, P=parts, S=8, C=block, num_warps=max(1, parts // 8)
         )
         return entering

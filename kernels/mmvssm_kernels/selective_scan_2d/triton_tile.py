@@ -31,7 +31,7 @@ def softplus_log2(x, PRECISE: tl.constexpr):
     log2(1 + e) / e on [0, 1] is a polynomial of degree 7 (relative error 3e-7) or, for 16-bit inputs, 4 (6e-5). It
     keeps small step sizes accurate and needs no logarithm from the special-function unit.
     """
-    e = tl.exp2(-tl.abs(x))
+    e = tl.exp2(tl.abs(x) * -1.0)  # a sign, where a difference from zero would be an instruction
     if PRECISE:
         series = 0.0625709101 - e * 0.0120270237
         series = -0.153903683 + e * series
@@ -49,26 +49,30 @@ def softplus_log2(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def segment_tokens(i_sequence, n_segments, is_column, height, width, T: tl.constexpr, Q: tl.constexpr):
-    """Pixels and mask (T, Q) of the tokens of a segment: T consecutive ones in each of Q groups of lanes.
+def tile_tokens(i_image, i_tile, is_column, is_reverse, height, width, T: tl.constexpr, Q: tl.constexpr):
+    """Pixels and mask (T, Q) of the tokens of a tile in the order of its scan: T consecutive ones in each of Q groups.
 
-    ``i_sequence`` counts segments of all images. A masked token has some pixel of its image.
+    Tiles are counted from the first pixel on in all directions. A masked token has some pixel of its image.
     """
     length = height * width
-    i_image = i_sequence // n_segments
     # A map of one row has the same order along its columns.
     is_turned = is_column & (height > 1)
-    n_inner = tl.where(is_turned, height, length)
-    stride_inner = tl.where(is_turned, width, 1)
-    i_first = (i_sequence - i_image * n_segments) * (T * Q) + tl.arange(0, Q) * T
-    i_token = tl.arange(0, T)[:, None]
-    m_token = i_first[None, :] + i_token < length
-    i_outer = i_first // n_inner
-    i_inner = (i_first - i_outer * n_inner)[None, :] + i_token
-    # Divided by multiplication: exact, because the numbers are small, and in few instructions.
-    inverse = tl.full((), 0xFFFFFFFF, tl.uint32) // n_inner.to(tl.uint32) + 1
+    # Divided by multiplication: rounded down and mended for the tile; rounded up for its tokens, exact as the numbers
+    # are small.
+    inverse = tl.full((), 0xFFFFFFFF, tl.uint32) // height.to(tl.uint32)
+    i_start = i_tile * (T * Q)
+    i_outer = tl.umulhi(i_start.to(tl.uint32), inverse).to(tl.int32)
+    i_outer += ((i_outer + 1) * height <= i_start).to(tl.int32)
+    i_outer = tl.where(is_turned, i_outer, 0)
+    inverse = tl.where(is_turned, inverse + 1, 0)
+    o_group, o_token = tl.arange(0, Q), tl.arange(0, T)
+    o_group = tl.where(is_reverse, Q - 1 - o_group, o_group)
+    o_token = tl.where(is_reverse, T - 1 - o_token, o_token)
+    o_inside = o_group[None, :] * T + o_token[:, None]
+    m_token = i_start + o_inside < length
+    i_inner = i_start - i_outer * height + o_inside
     wraps = tl.umulhi(i_inner.to(tl.uint32), tl.zeros((T, Q), tl.uint32) + inverse).to(tl.int32)
-    o_pixel = (i_inner - wraps * n_inner) * stride_inner + (i_outer[None, :] + wraps)
+    o_pixel = (i_inner - wraps * height) * tl.where(is_turned, width, 1) + (i_outer + wraps)
     return i_image * length + tl.where(m_token, o_pixel, 0), m_token
 
 
@@ -124,13 +128,6 @@ def load_rows(p_rows, i_row, i_first, D: tl.constexpr, Q: tl.constexpr, V: tl.co
 
 
 @triton.jit
-def store_row(p_rows, rows, m_group, i_row, i_first, D: tl.constexpr, V: tl.constexpr):
-    """Stores what the one group of ``m_group`` (Q) has in ``rows`` (Q, C)."""
-    Q: tl.constexpr = rows.shape[0]
-    store_tile(p_rows, rows[None, :, :], _same_row(i_row, Q), m_group[None, :], i_first, D, D, V)
-
-
-@triton.jit
 def _rank_offsets(BLOCK_R: tl.constexpr, W: tl.constexpr):
     """Ranks (4, 1, 1, accesses, W) that the lanes of a token take, each a quarter of them."""
     o_lane = tl.arange(0, 4)[:, None, None, None, None] * (BLOCK_R // 4)
@@ -140,7 +137,7 @@ def _rank_offsets(BLOCK_R: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def load_low_rank(p_projected, o_pixel, i_slot, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Low-rank step sizes of a tile, (T, Q, BLOCK_R); from R on they are other finite numbers or zero.
+    """Low-rank step sizes of a tile, (T, Q, BLOCK_R), then the two numbers behind them, others that are finite or zero.
 
     What they are multiplied with is zero there (:func:`step_weights`), so whole vectors are loaded. ``i_slot`` is where
     the direction's projections lie among the four, padded to K: the two directions of a path are neighbours.
@@ -148,7 +145,7 @@ def load_low_rank(p_projected, o_pixel, i_slot, K: tl.constexpr, R: tl.constexpr
     W: tl.constexpr = 4 if BLOCK_R < 32 or p_projected.dtype.element_ty.primitive_bitwidth == 32 else 8
     o_lane = _rank_offsets(BLOCK_R, W)
     pointers = _lane_pointers(p_projected + i_slot * K, o_pixel, o_lane, 4 * K)
-    mask = tl.broadcast_to(o_lane < (R + W - 1) // W * W, pointers.shape)
+    mask = tl.broadcast_to(o_lane < (R + W + 1) // W * W, pointers.shape)
     low_rank = tl.load(pointers, mask=mask, other=0.0)
     return tl.reshape(tl.permute(low_rank, (1, 2, 0, 3, 4)), (o_pixel.shape[0], o_pixel.shape[1], BLOCK_R))
 
@@ -298,6 +295,47 @@ def raw_steps(low_rank, weight, bias, WIDTH: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
+def _for_channels(weight, V: tl.constexpr):
+    """A number per token, that all 4 lanes have, (T, Q, 4), for all channels (T, Q, C)."""
+    T: tl.constexpr = weight.shape[0]
+    Q: tl.constexpr = weight.shape[1]
+    weight = tl.broadcast_to(weight[:, :, None, :, None], (T, Q, V // 4, 4, 4))
+    return tl.reshape(weight, (T, Q, 4 * V))
+
+
+@triton.jit
+def only_weights(
+    p_projected,
+    low_rank,
+    o_pixel,
+    i_slot,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    V: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """B and C (T, Q, C) of the only state, from the low-rank step sizes if they were loaded with these.
+
+    A product with ones and zeros hands them to the lanes that need them, as float32.
+    """
+    T: tl.constexpr = low_rank.shape[0]
+    Q: tl.constexpr = low_rank.shape[1]
+    IS_LOADED: tl.constexpr = R + 2 <= low_rank.shape[2]
+    first: tl.constexpr = R if IS_LOADED else 0
+    if not IS_LOADED:
+        low_rank = load_low_rank(p_projected + R, o_pixel, i_slot, K, 2, 16)
+    n: tl.constexpr = low_rank.shape[2]
+    o_row = tl.arange(0, n)
+    o_rank = o_row // WIDTH % 4 * (n // 4) + o_row // (4 * WIDTH) * WIDTH + o_row % WIDTH
+    ones = o_rank[:, None] == first + (tl.arange(0, 8) % 2)[None, :]
+    low_rank = as_factor(as_operand(low_rank, WIDTH), low_rank.dtype, PRECISION)
+    weights = tl.dot(low_rank, ones.to(low_rank.dtype), input_precision=PRECISION)
+    b_B, b_C = tl.split(tl.reshape(weights, (T, Q, 4, 2)))
+    return _for_channels(b_B, V), _for_channels(b_C, V)
+
+
+@triton.jit
 def chain(decay_1, state_1, decay_2, state_2):
     return decay_1 * decay_2, decay_2 * state_1 + state_2
 
@@ -309,9 +347,9 @@ def _pick(wanted_1, value_1, wanted_2, value_2):
 
 @triton.jit
 def row(tile, TOKEN: tl.constexpr):
-    """Token ``TOKEN`` (Q, C) of a tile. It is in registers and the indices are known, so this costs nothing.
+    """Row ``TOKEN`` of the first of three axes. It is in registers and the indices are known, so this costs nothing.
 
-    Scans are spelled out token by token, because ``tl.associative_scan`` has a layout of its own.
+    Scans are spelled out row by row, because ``tl.associative_scan`` has a layout of its own.
     """
     wanted = (tl.arange(0, tile.shape[0]) == TOKEN).to(tl.int32)[:, None, None]
     _, token = tl.reduce((tl.broadcast_to(wanted, tile.shape), tile), 0, _pick)
@@ -324,86 +362,121 @@ def set_row(tile, token, TOKEN: tl.constexpr):
 
 
 @triton.jit
-def end_state(decay, value, REVERSE: tl.constexpr):
+def product(decay):
+    """Product (Q, C) over the tokens of a lane."""
+    total = row(decay, 0)
+    for i in tl.static_range(1, decay.shape[0]):
+        total *= row(decay, i)
+    return total
+
+
+@triton.jit
+def end_state(decay, value):
     """State (Q, C) after the tokens of a lane, from a zero state."""
-    T: tl.constexpr = decay.shape[0]
-    state = row(value, T - 1 if REVERSE else 0)
-    for i in tl.static_range(1, T):
-        state = row(decay, T - 1 - i if REVERSE else i) * state + row(value, T - 1 - i if REVERSE else i)
+    state = row(value, 0)
+    for i in tl.static_range(1, decay.shape[0]):
+        state = row(decay, i) * state + row(value, i)
     return state
 
 
 @triton.jit
-def end_flow(decay, value, REVERSE: tl.constexpr):
+def end_flow(decay, value):
     """Adjoint flow (Q, C) that leaves the tokens of a lane if none enters: ``decay[t] (value[t] + flow)``."""
     T: tl.constexpr = decay.shape[0]
-    flow = row(decay, 0 if REVERSE else T - 1) * row(value, 0 if REVERSE else T - 1)
+    flow = row(decay, T - 1) * row(value, T - 1)
     for i in tl.static_range(1, T):
-        flow = row(decay, i if REVERSE else T - 1 - i) * (row(value, i if REVERSE else T - 1 - i) + flow)
+        flow = row(decay, T - 1 - i) * (row(value, T - 1 - i) + flow)
     return flow
 
 
 @triton.jit
-def _of_partner(rows, LEVEL: tl.constexpr):
-    """What the group that differs in bit ``LEVEL`` has in ``rows`` (Q, C): one shuffle, in whatever layout.
-
-    The sum without carry of both, less the own one; the compiler sees that nothing has to be added.
-    """
-    Q: tl.constexpr = rows.shape[0]
-    C: tl.constexpr = rows.shape[1]
-    bits = tl.reshape(rows.to(tl.int32, bitcast=True), (Q // 2 ** (LEVEL + 1), 2, 2**LEVEL, C))
-    bits = tl.xor_sum(bits, axis=1, keep_dims=True) ^ bits
-    return tl.reshape(bits, (Q, C)).to(tl.float32, bitcast=True)
+def _second(first, second):
+    return second
 
 
 @triton.jit
-def scan_groups(decay, state, REVERSE: tl.constexpr):
-    """From the decay and own end state (Q, C) of each group: both of all groups, and of all before each.
+def as_chains(rows):
+    """(Q, C) of groups as (Q / 2, 2, C): a lane has a channel and the groups of a half, which it can scan alone.
 
-    "Before" is in the order of the scan; the last group is the first one in a ``REVERSE`` scan.
+    The scan changes nothing but the layout: default here, that of the tile in what is computed before.
     """
-    Q: tl.constexpr = state.shape[0]
-    i_group = tl.arange(0, Q)[:, None]
-    i_order = Q - 1 - i_group if REVERSE else i_group
-    decay_before, state_before = tl.full(state.shape, 1.0, tl.float32), tl.zeros(state.shape, tl.float32)
-    for level in tl.static_range(3):
-        is_late = (i_order & 2**level) != 0
-        decay_partner, state_partner = _of_partner(decay, level), _of_partner(state, level)
-        state_before = tl.where(is_late, decay_before * state_partner + state_before, state_before)
-        decay_before = tl.where(is_late, decay_before * decay_partner, decay_before)
-        early = tl.where(is_late, state_partner, state)
-        state = tl.where(is_late, decay, decay_partner) * early + tl.where(is_late, state, state_partner)
-        decay *= decay_partner
-    return state, decay_before, state_before
+    rows = tl.reshape(rows, (2, rows.shape[0] // 2, rows.shape[1]))
+    return tl.associative_scan(tl.permute(rows, (1, 0, 2)), 0, _second)
+
+
+@triton.jit
+def other_half(rows):
+    """What the other half has in ``rows`` (2, C): one shuffle, in whatever layout.
+
+    The sum without carry of both, less the own one; the compiler sees that nothing has to be added.
+    """
+    bits = rows.to(tl.int32, bitcast=True)
+    bits = tl.xor_sum(bits, axis=0, keep_dims=True) ^ bits
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def chain_ends(decay, state, entering, REVERSE: tl.constexpr):
+    """State (2, C) behind each half of chains (Q / 2, 2, C), and behind both; ``entering`` (2, C) is in both halves.
+
+    The second half is the first one in a ``REVERSE`` scan.
+    """
+    H: tl.constexpr = decay.shape[0]
+    total, end = row(decay, H - 1 if REVERSE else 0), row(state, H - 1 if REVERSE else 0)
+    for i in tl.static_range(1, H):
+        step = row(decay, H - 1 - i if REVERSE else i)
+        total, end = total * step, step * end + row(state, H - 1 - i if REVERSE else i)
+    is_late = (tl.arange(0, 2)[:, None] == 1) != REVERSE
+    entering = tl.where(is_late, other_half(total * entering + end), entering)
+    end = total * entering + end
+    return total, entering, tl.where(is_late, end, other_half(end))
 
 
 @triton.jit
 def enter_groups(decay, state, entering, REVERSE: tl.constexpr):
-    """States (Q, C) that enter the groups, from what enters the first."""
-    _, decay_before, state_before = scan_groups(decay, state, REVERSE)
-    return decay_before * entering + state_before
+    """States (Q, C) that enter the groups, and (2, C) that leaves the last one, from what enters the first one.
+
+    ``decay`` are chains of the groups' decays already (:func:`as_chains`), ``state`` the states (Q, C) they end with.
+    """
+    H: tl.constexpr = decay.shape[0]
+    C: tl.constexpr = decay.shape[2]
+    state = as_chains(state)
+    _, now, leaving = chain_ends(decay, state, entering, REVERSE)
+    groups = state
+    for i in tl.static_range(H):
+        groups = set_row(groups, now, H - 1 - i if REVERSE else i)
+        now = row(decay, H - 1 - i if REVERSE else i) * now + row(state, H - 1 - i if REVERSE else i)
+    return tl.reshape(tl.permute(groups, (1, 0, 2)), (2 * H, C)), leaving
 
 
 @triton.jit
-def scan_states(decay, value, state, REVERSE: tl.constexpr):
-    """States (T, Q, C) and the part ``decay[t] state[t - 1]`` of each, without cancellation."""
-    T: tl.constexpr = decay.shape[0]
-    states, inflows = value, value
-    for i in tl.static_range(T):
-        inflow = row(decay, T - 1 - i if REVERSE else i) * state
-        state = inflow + row(value, T - 1 - i if REVERSE else i)
-        inflows = set_row(inflows, inflow, T - 1 - i if REVERSE else i)
-        states = set_row(states, state, T - 1 - i if REVERSE else i)
-    return states, inflows
+def half_offsets(i_channel, C: tl.constexpr):
+    """Channels (2, C) of the halves of chains, the same in both."""
+    return tl.zeros((2, 1), tl.int32) + (i_channel + tl.arange(0, C))[None, :]
 
 
 @triton.jit
-def scan_adjoint(decay, value, flow, REVERSE: tl.constexpr):
-    """Gradients ``G[t] = value[t] + decay[t + 1] G[t + 1]`` (T, Q, C) of the states; ``flow`` (Q, C) enters."""
-    grads = value
+def scan_states(decay, value, state):
+    """States (T, Q, C) before the tokens, and after them; ``state`` (Q, C) enters."""
+    before, after = value, value
+    for i in tl.static_range(decay.shape[0]):
+        before = set_row(before, state, i)
+        state = row(decay, i) * state + row(value, i)
+        after = set_row(after, state, i)
+    return before, after
+
+
+@triton.jit
+def scan_adjoint(decay, value, flow):
+    """Gradients ``G[t] = value[t] + decay[t + 1] G[t + 1]`` (T, Q, C) of the states, and ``decay[t] G[t]``.
+
+    ``flow`` (Q, C) enters.
+    """
+    grads, flows = value, value
     T: tl.constexpr = decay.shape[0]
     for i in tl.static_range(T):
-        grad = row(value, i if REVERSE else T - 1 - i) + flow
-        flow = row(decay, i if REVERSE else T - 1 - i) * grad
-        grads = set_row(grads, grad, i if REVERSE else T - 1 - i)
-    return grads
+        grad = row(value, T - 1 - i) + flow
+        flow = row(decay, T - 1 - i) * grad
+        grads = set_row(grads, grad, T - 1 - i)
+        flows = set_row(flows, flow, T - 1 - i)
+    return grads, flows
