@@ -89,6 +89,8 @@ def selective_scan_2d_bwd_kernel(
     N_BLOCKS: tl.constexpr = (D + C - 1) // C
     OPERAND: tl.constexpr = p_dt_weight.dtype.element_ty
     WIDTH: tl.constexpr = 2 if OPERAND.primitive_bitwidth == 16 else 1
+    # The gradients of B and C are stored with those of low-rank step sizes if there is place for them in a tile.
+    IN_ROWS: tl.constexpr = N == 1 and R + 2 <= BLOCK_R
     i_block = tl.program_id(0) % N_BLOCKS
     i_group = tl.program_id(0) // N_BLOCKS
     i_channel = i_block * C
@@ -135,6 +137,7 @@ def selective_scan_2d_bwd_kernel(
             p_entering_now = p_entering + (i_sequence * n_tiles + i_tile) * (N * D) + o_half
             dinput = tl.zeros((T, Q, C), tl.float32)
             ddecay = tl.zeros((T, Q, C), tl.float32)
+            dB, dC = tl.zeros((T, Q), tl.float32), tl.zeros((T, Q), tl.float32)
             for n in range(N):
                 if N > 1:  # too many for registers
                     rate = load_rate(p_rate, i_channel, i_direction, n, D, N, Q, V)
@@ -165,8 +168,9 @@ def selective_scan_2d_bwd_kernel(
                     sums = tl.sum(drate_now * rate, axis=0) * -LN_2
                     sums += tl.load(p_drate, mask=m_channel & (i > 0), other=0.0)
                     tl.store(p_drate, sums, mask=m_channel)
-                tl.store(p_dtoken + n, dB, mask=m_token)
-                tl.store(p_dtoken + N + n, dC, mask=m_token)
+                if not IN_ROWS:
+                    tl.store(p_dtoken + n, dB, mask=m_token)
+                    tl.store(p_dtoken + N + n, dC, mask=m_token)
             dx = load_tile(p_sum, o_pixel, m_token & (i_slot > 0), i_channel, D, D, V)
             dx += (v * LN_2) * dinput
             dx += skip[None, :, :] * dy
@@ -181,7 +185,11 @@ def selective_scan_2d_bwd_kernel(
             dbias += tl.sum(draw, axis=0)
             draw = as_factor(draw, OPERAND, PRECISION)
             dlow_rank = dlow_rank_of(draw, weight_back, WIDTH, PRECISION)
-            store_low_rank(p_dprojected + i_slot * M, dlow_rank, o_pixel, m_token, 4 * M, R)
+            if IN_ROWS:
+                o_column = tl.arange(0, BLOCK_R)[None, None, :]
+                dlow_rank = tl.where(o_column == R, dB[:, :, None], dlow_rank)
+                dlow_rank = tl.where(o_column == R + 1, dC[:, :, None], dlow_rank)
+            store_low_rank(p_dprojected + i_slot * M, dlow_rank, o_pixel, m_token, 4 * M, R + 2 if IN_ROWS else R)
             # Read again, from the cache, as keeping them would take registers.
             low_rank = load_low_rank(p_projected, o_pixel, i_slot, K, R, BLOCK_R)
             low_rank = tl.trans(as_factor(tl.reshape(low_rank, (T * Q, BLOCK_R)), OPERAND, PRECISION))
