@@ -26,7 +26,7 @@ from .triton_tile import (
     half_offsets,
     load_low_rank,
     load_rate,
-    load_rows,
+    load_skip,
     load_tile,
     only_weights,
     product,
@@ -108,12 +108,12 @@ def selective_scan_2d_bwd_kernel(
     p_dprojected += tl.cast(i_block, tl.int64) * batch * height * width * (4 * M)
     p_dparameters += tl.cast(i_group, tl.int64) * (4 * (R + 2 + N) * D)
     dskip = tl.zeros((Q, C), tl.float32)
+    skip = load_skip(p_skip, i_channel, D, Q, V)
     for i_slot in range(first, first + count):
         i_direction = i_slot // 2 + i_slot % 2 * 2
         is_column, is_reverse = i_slot >= 2, i_slot % 2 == 1
         weight, bias = step_weights(p_dt_weight, p_dt_bias, i_channel, i_direction, D, R, BLOCK_R, V, PRECISION)
         weight_back = step_weights_back(p_dt_weight, i_channel, i_direction, D, R, BLOCK_R, V, WIDTH, PRECISION)
-        skip = load_rows(p_skip, i_direction, i_channel, D, 1, V).to(tl.float32)
         rate = load_rate(p_rate, i_channel, i_direction, 0, D, N, Q, V)
         i_sequence = (i_image * 4 + i_direction).to(tl.int64)
         p_flow_now = p_flow + (i_sequence * n_segments + i_segment) * (N * D) + o_half
@@ -171,11 +171,12 @@ def selective_scan_2d_bwd_kernel(
                 if not IN_ROWS:
                     tl.store(p_dtoken + n, dB, mask=m_token)
                     tl.store(p_dtoken + N + n, dC, mask=m_token)
-            dx = load_tile(p_sum, o_pixel, m_token & (i_slot > 0), i_channel, D, D, V)
-            dx += (v * LN_2) * dinput
-            dx += skip[None, :, :] * dy
             if i_slot == 0:
+                dx = skip[None, :, :] * dy
                 dskip += tl.sum(u * dy, axis=0)
+            else:
+                dx = load_tile(p_sum, o_pixel, m_token, i_channel, D, D, V)
+            dx += (v * LN_2) * dinput
             if i_slot == 3:
                 store_tile(p_dx, dx, o_pixel, m_token, i_channel, D, D, V)
             else:

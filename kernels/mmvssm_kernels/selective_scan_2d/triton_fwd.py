@@ -20,7 +20,7 @@ from .triton_tile import (
     half_offsets,
     load_low_rank,
     load_rate,
-    load_rows,
+    load_skip,
     load_tile,
     only_weights,
     product,
@@ -79,11 +79,11 @@ def selective_scan_2d_fwd_kernel(
     n_now = tl.minimum(n_walk, n_tiles - i_first)
     o_half = half_offsets(i_channel, C)
     m_half = o_half < D
+    skip = load_skip(p_skip, i_channel, D, Q, V)
     for i_slot in range(first, first + count):
         i_direction = i_slot // 2 + i_slot % 2 * 2
         is_column, is_reverse = i_slot >= 2, i_slot % 2 == 1
         weight, bias = step_weights(p_dt_weight, p_dt_bias, i_channel, i_direction, D, R, BLOCK_R, V, PRECISION)
-        skip = load_rows(p_skip, i_direction, i_channel, D, 1, V).to(tl.float32)
         rate = load_rate(p_rate, i_channel, i_direction, 0, D, N, Q, V)
         i_sequence = (i_image * 4 + i_direction).to(tl.int64)
         p_state_now = p_state + (i_sequence * n_segments + i_segment) * (N * D) + o_half
@@ -94,8 +94,10 @@ def selective_scan_2d_fwd_kernel(
             o_pixel, m_token = tile_tokens(i_image, i_tile, is_column, is_reverse, height, width, T, Q)
             x = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
             low_rank = load_low_rank(p_projected, o_pixel, i_slot, K, R, BLOCK_R)
-            y = load_tile(p_sum, o_pixel, m_token & (i_slot > 0), i_channel, D, D, V)
-            y += skip[None, :, :] * x
+            if i_slot == 0:
+                y = skip[None, :, :] * x
+            else:
+                y = load_tile(p_sum, o_pixel, m_token, i_channel, D, D, V)
             v = softplus_log2(raw_steps(low_rank, weight, bias, WIDTH, PRECISION), PRECISE)
             if N == 1:
                 b_B, b_C = only_weights(p_projected, low_rank, o_pixel, i_slot, K, R, V, WIDTH, PRECISION)

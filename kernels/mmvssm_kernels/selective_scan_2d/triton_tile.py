@@ -128,6 +128,15 @@ def load_rows(p_rows, i_row, i_first, D: tl.constexpr, Q: tl.constexpr, V: tl.co
 
 
 @triton.jit
+def load_skip(p_skip, i_first, D: tl.constexpr, Q: tl.constexpr, V: tl.constexpr):
+    """Sum (Q, C) of the skip weights of all directions, for every group."""
+    skip = load_rows(p_skip, 0, i_first, D, Q, V).to(tl.float32)
+    for i_direction in tl.static_range(1, 4):
+        skip += load_rows(p_skip, i_direction, i_first, D, Q, V).to(tl.float32)
+    return skip
+
+
+@triton.jit
 def _rank_offsets(BLOCK_R: tl.constexpr, W: tl.constexpr):
     """Ranks (4, 1, 1, accesses, W) that the lanes of a token take, each a quarter of them."""
     o_lane = tl.arange(0, 4)[:, None, None, None, None] * (BLOCK_R // 4)
