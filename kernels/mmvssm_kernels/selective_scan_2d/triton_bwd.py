@@ -81,7 +81,7 @@ def selective_scan_2d_bwd_kernel(
 
     p_flow (batch, 4, segments, N, D) has what enters the segments in the adjoint scan and may be overwritten. p_sum
     (batch, H, W, D), float32, takes the gradient of x so far, p_dx that of all directions; p_dprojected is (channel
-    blocks, batch, H, W, 4, R + 2N); p_dparameters (programs, 4, R + 2 + N, D) has rows of the weights and the bias of
+    blocks, batch, H, W, 4, R + 2N) in that order; p_dparameters (programs, 4, R + 2 + N, D) has rows of the weights and the bias of
     step sizes, of D (in that of direction 0, for all) and of A_log.
     """
     M: tl.constexpr = R + 2 * N
@@ -126,14 +126,14 @@ def selective_scan_2d_bwd_kernel(
         for i in range(n_now):
             i_tile = i_first + tl.where(is_reverse, i, n_now - 1 - i)
             o_pixel, m_token = tile_tokens(i_image, i_tile, is_column, is_reverse, height, width, T, Q)
-            low_rank = load_low_rank(p_projected, o_pixel, i_slot, K, R, BLOCK_R)
+            low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
             u = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
             dy = load_tile(p_dy, o_pixel, m_token, i_channel, stride_dy_pixel, D, V).to(tl.float32)
             raw = raw_steps(low_rank, weight, bias, WIDTH, PRECISION)
             v = softplus_log2(raw, PRECISE)
             p_dtoken = p_dprojected + i_slot * M + R + o_pixel.to(tl.int64) * (4 * M)
             if N == 1:
-                b_B, b_C = only_weights(p_projected, low_rank, o_pixel, i_slot, K, R, V, WIDTH, PRECISION)
+                b_B, b_C = only_weights(p_projected, low_rank, o_pixel, i_direction, K, R, V, WIDTH, PRECISION)
             p_entering_now = p_entering + (i_sequence * n_tiles + i_tile) * (N * D) + o_half
             dinput = tl.zeros((T, Q, C), tl.float32)
             ddecay = tl.zeros((T, Q, C), tl.float32)
@@ -142,7 +142,7 @@ def selective_scan_2d_bwd_kernel(
                 if N > 1:  # too many for registers
                     rate = load_rate(p_rate, i_channel, i_direction, n, D, N, Q, V)
                     flow = tl.load(p_flow_now + n * D, mask=m_half & ((n_segments > 1) | (i > 0)), other=0.0)
-                    p_token = p_projected + (i_slot * K + R + n) + o_pixel.to(tl.int64) * (4 * K)
+                    p_token = p_projected + (i_direction * K + R + n) + o_pixel.to(tl.int64) * (4 * K)
                     b_B = tl.load(p_token).to(tl.float32)[:, :, None]
                     b_C = tl.load(p_token + N).to(tl.float32)[:, :, None]
                 entering = tl.load(p_entering_now + n * D, mask=m_half, other=0.0)
@@ -192,7 +192,7 @@ def selective_scan_2d_bwd_kernel(
                 dlow_rank = tl.where(o_column == R + 1, dC[:, :, None], dlow_rank)
             store_low_rank(p_dprojected + i_slot * M, dlow_rank, o_pixel, m_token, 4 * M, R + 2 if IN_ROWS else R)
             # Read again, from the cache, as keeping them would take registers.
-            low_rank = load_low_rank(p_projected, o_pixel, i_slot, K, R, BLOCK_R)
+            low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
             low_rank = tl.trans(as_factor(tl.reshape(low_rank, (T * Q, BLOCK_R)), OPERAND, PRECISION))
             dweight = tl.dot(low_rank, tl.reshape(draw, (T * Q, C)), dweight, input_precision=PRECISION)
         tl.store(p_parameter[None, :] + o_rank[:, None] * D, dweight, mask=m_rank)
@@ -203,52 +203,60 @@ def selective_scan_2d_bwd_kernel(
             tl.store(p_parameter + (R + 1) * D, tl.sum(dskip, axis=0), mask=m_channel)
 
 
-@triton.jit(do_not_specialize=["n_elements"])
-def selective_scan_2d_join_kernel(p_partial, p_sum, n_elements, N_BLOCKS: tl.constexpr, C: tl.constexpr):
-    """Sum of (N_BLOCKS, n_elements) over the first axis."""
-    o_element = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
-    m_element = o_element < n_elements
-    total = tl.zeros((C,), tl.float32)
-    for i in range(N_BLOCKS):
-        total += tl.load(p_partial + i * n_elements.to(tl.int64) + o_element, mask=m_element, other=0.0)
-    tl.store(p_sum + o_element, total, mask=m_element)
-
-
-@triton.jit(do_not_specialize=["n_groups"])
+@triton.jit(do_not_specialize=["n_elements", "n_groups"])
 def selective_scan_2d_sum_kernel(
-    p_partial,
+    p_dparameters,
+    p_dprojected_blocks,
     p_dt_weight,
     p_dt_bias,
     p_A_log,
     p_skip,
+    p_dprojected,
     n_groups,
+    n_elements,
     D: tl.constexpr,
     R: tl.constexpr,
     N: tl.constexpr,
     G: tl.constexpr,
     C: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Sums of partial gradients (programs, 4, R + 2 + N, D) of the parameters, to the tensors of the parameters."""
+    """What programs left apart: gradients of parameters in the first programs, of projections in the others.
+
+    The partial gradients (groups, 4, R + 2 + N, D) of the parameters go to the tensors of the parameters, those
+    of the projections (channel blocks, ``n_elements``) are added over the channel blocks.
+    """
     ROWS: tl.constexpr = R + 2 + N
-    i_direction = tl.program_id(0) // ROWS
-    i_row = tl.program_id(0) % ROWS
-    # Every direction sees the same tokens, so the gradient of its skip is the same, too.
-    i_source = tl.where(i_row == R + 1, 0, i_direction) * ROWS + i_row
-    o_channel = tl.program_id(1) * C + tl.arange(0, C)
-    m_channel = o_channel < D
-    i_group = tl.arange(0, G)
-    p_partial += i_source * D + o_channel[None, :]
-    total = tl.zeros((G, C), tl.float32)
-    for i_first in range(0, n_groups, G):
-        i_now = (i_first + i_group).to(tl.int64)[:, None]
-        mask = (i_now < n_groups) & m_channel[None, :]
-        total += tl.load(p_partial + i_now * (4 * ROWS * D), mask=mask, other=0.0)
-    sums = tl.sum(total, axis=0)
-    o_parameter = i_direction * D + o_channel
-    tl.store(p_dt_weight + o_parameter * R + i_row, sums, mask=m_channel & (i_row < R))
-    tl.store(p_dt_bias + o_parameter, sums, mask=m_channel & (i_row == R))
-    tl.store(p_skip + o_parameter, sums, mask=m_channel & (i_row == R + 1))
-    tl.store(p_A_log + o_parameter * N + (i_row - R - 2), sums, mask=m_channel & (i_row >= R + 2))
+    N_BLOCKS: tl.constexpr = (D + C - 1) // C
+    i_program = tl.program_id(0)
+    if i_program < 4 * ROWS * N_BLOCKS:
+        i_direction = i_program // N_BLOCKS // ROWS
+        i_row = i_program // N_BLOCKS % ROWS
+        # Every direction sees the same tokens, so the gradient of its skip is the same, too.
+        i_source = tl.where(i_row == R + 1, 0, i_direction) * ROWS + i_row
+        o_channel = i_program % N_BLOCKS * C + tl.arange(0, C)
+        m_channel = o_channel < D
+        i_group = tl.arange(0, G)
+        p_rows = p_dparameters + i_source * D + o_channel[None, :]
+        partial = tl.zeros((G, C), tl.float32)
+        for i_first in range(0, n_groups, G):
+            i_now = (i_first + i_group).to(tl.int64)[:, None]
+            mask = (i_now < n_groups) & m_channel[None, :]
+            partial += tl.load(p_rows + i_now * (4 * ROWS * D), mask=mask, other=0.0)
+        sums = tl.sum(partial, axis=0)
+        o_parameter = i_direction * D + o_channel
+        tl.store(p_dt_weight + o_parameter * R + i_row, sums, mask=m_channel & (i_row < R))
+        tl.store(p_dt_bias + o_parameter, sums, mask=m_channel & (i_row == R))
+        tl.store(p_skip + o_parameter, sums, mask=m_channel & (i_row == R + 1))
+        tl.store(p_A_log + o_parameter * N + (i_row - R - 2), sums, mask=m_channel & (i_row >= R + 2))
+    else:
+        o_element = (i_program - 4 * ROWS * N_BLOCKS).to(tl.int64) * E + tl.arange(0, E)
+        m_element = o_element < n_elements
+        total = tl.zeros((E,), tl.float32)
+        for i in range((D + BLOCK - 1) // BLOCK):
+            total += tl.load(p_dprojected_blocks + i * n_elements.to(tl.int64) + o_element, mask=m_element, other=0.0)
+        tl.store(p_dprojected + o_element, total, mask=m_element)
 
 
 def selective_scan_2d_backward(
@@ -285,17 +293,27 @@ def selective_scan_2d_backward(
             pixel_stride(dy),
             **launch.constants,
         )
-    partial, dprojected = dprojected, dprojected[0]
-    if launch.blocks > 1:
-        dprojected = torch.empty_like(dprojected)
-        grid, n = (triton.cdiv(dprojected.numel(), 2048),), dprojected.numel()
-        selective_scan_2d_join_kernel[grid](partial, dprojected, n, launch.blocks, C=2048, num_warps=8)
-    dx.flatten(0, 2).addmm_(dprojected, launch.x_proj.flatten(0, 1))
-    dx_weight = in_pairs((dprojected.T @ launch.flat).view(x_proj_weight.shape))
+    partial, dprojected = dprojected, torch.empty_like(dprojected[0])
     parameters = (dt_proj_weight, dt_proj_bias, A_log, D)
     gradients = tuple(torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters)
-    grid = (4 * (rank + 2 + state), triton.cdiv(channels, 32))
-    selective_scan_2d_sum_kernel[grid](
-        dparameters, *gradients, groups, channels, rank, state, G=128, C=32, num_warps=4
+    columns, elements = 32, 2048
+    programs = 4 * (rank + 2 + state) * triton.cdiv(channels, columns) + triton.cdiv(dprojected.numel(), elements)
+    selective_scan_2d_sum_kernel[(programs,)](
+        dparameters,
+        partial,
+        *gradients,
+        dprojected,
+        groups,
+        dprojected.numel(),
+        channels,
+        rank,
+        state,
+        G=128,
+        C=columns,
+        E=elements,
+        BLOCK=launch.block,
+        num_warps=8,
     )
+    dx.flatten(0, 2).addmm_(dprojected, in_pairs(launch.x_proj).flatten(0, 1))
+    dx_weight = in_pairs((dprojected.T @ launch.flat).view(x_proj_weight.shape))
     return dx.permute(0, 3, 1, 2), dx_weight.to(x_proj_weight.dtype), *gradients

@@ -93,20 +93,20 @@ def selective_scan_2d_fwd_kernel(
             i_tile = i_first + tl.where(is_reverse, n_now - 1 - i, i)
             o_pixel, m_token = tile_tokens(i_image, i_tile, is_column, is_reverse, height, width, T, Q)
             x = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
-            low_rank = load_low_rank(p_projected, o_pixel, i_slot, K, R, BLOCK_R)
+            low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
             if i_slot == 0:
                 y = skip[None, :, :] * x
             else:
                 y = load_tile(p_sum, o_pixel, m_token, i_channel, D, D, V)
             v = softplus_log2(raw_steps(low_rank, weight, bias, WIDTH, PRECISION), PRECISE)
             if N == 1:
-                b_B, b_C = only_weights(p_projected, low_rank, o_pixel, i_slot, K, R, V, WIDTH, PRECISION)
+                b_B, b_C = only_weights(p_projected, low_rank, o_pixel, i_direction, K, R, V, WIDTH, PRECISION)
             p_entering_now = p_entering + (i_sequence * n_tiles + i_tile) * (N * D) + o_half
             for n in range(N):
                 if N > 1:  # too many for registers
                     rate = load_rate(p_rate, i_channel, i_direction, n, D, N, Q, V)
                     state = tl.load(p_state_now + n * D, mask=m_half & ((n_segments > 1) | (i > 0)), other=0.0)
-                    p_token = p_projected + (i_slot * K + R + n) + o_pixel.to(tl.int64) * (4 * K)
+                    p_token = p_projected + (i_direction * K + R + n) + o_pixel.to(tl.int64) * (4 * K)
                     b_B = tl.load(p_token).to(tl.float32)[:, :, None]
                     b_C = tl.load(p_token + N).to(tl.float32)[:, :, None]
                 tl.store(p_entering_now + n * D, state, mask=m_half)

@@ -40,7 +40,7 @@ def pixel_stride(x: Tensor) -> int:
 
 
 def in_pairs(directions: Tensor) -> Tensor:
-    """(4, ...) with the directions of a path side by side, 0, 2, 1, 3, as kernels read them; or put back from there."""
+    """(4, ...) in the order 0, 2, 1, 3, so that what a launch writes lies side by side; or put back from there."""
     return directions.unflatten(0, (2, 2)).transpose(0, 1).flatten(0, 1)
 
 
@@ -65,14 +65,15 @@ class Launch:
         # every direction's can be read in vectors.
         width = self.rank + 2 * self.state
         padded = triton.cdiv(width, 8) * 8
-        self.x_proj = in_pairs(x_proj_weight.to(x.dtype))
+        self.x_proj = x_proj_weight.to(x.dtype)
         weight = torch.nn.functional.pad(self.x_proj, (0, 0, 0, padded - width)) if padded > width else self.x_proj
         self.projected = self.flat @ weight.flatten(0, 1).T
         if self.state > 1:  # a single state's rate is made from its logarithm inside the kernels
             A_log = A_log.float().exp().view(4, self.channels, self.state).transpose(1, 2)
         self.parameters = tuple(t.contiguous() for t in (dt_proj_weight.to(x.dtype), dt_proj_bias, A_log, D))
 
-        self.blocks = triton.cdiv(self.channels, 4 * _LANE_CHANNELS)
+        self.block = 4 * _LANE_CHANNELS
+        self.blocks = triton.cdiv(self.channels, self.block)
         self.tiles = segments.count_tiles(self.height, self.width)
         walk = self.tiles
         if self.batch * self.blocks < _ENOUGH_PROGRAMS:

@@ -87,17 +87,17 @@ def selective_scan_2d_states_kernel(
         i_tile = i_first + tl.where(is_reverse != ADJOINT, n_now - 1 - i, i)
         o_pixel, m_token = tile_tokens(i_image, i_tile, is_column, is_reverse, height, width, T, Q)
         rows = load_tile(p_rows, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
-        low_rank = load_low_rank(p_projected, o_pixel, i_slot, K, R, BLOCK_R)
+        low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
         v = softplus_log2(raw_steps(low_rank, weight, bias, WIDTH, PRECISION), PRECISE)
         if N == 1:
-            b_B, b_C = only_weights(p_projected, low_rank, o_pixel, i_slot, K, R, V, WIDTH, PRECISION)
+            b_B, b_C = only_weights(p_projected, low_rank, o_pixel, i_direction, K, R, V, WIDTH, PRECISION)
             b_weight = b_C if ADJOINT else b_B
         for n in range(N):
             if N > 1:  # too many for registers
                 rate = load_rate(p_rate, i_channel, i_direction, n, D, N, Q, V)
                 state = tl.load(p_state + n * D, mask=m_half & (i > 0), other=0.0)
                 total = tl.load(p_decay + n * D, mask=m_half & (i > 0), other=1.0)
-                p_weight = p_projected + (i_slot * K + R + N * ADJOINT + n) + o_pixel.to(tl.int64) * (4 * K)
+                p_weight = p_projected + (i_direction * K + R + N * ADJOINT + n) + o_pixel.to(tl.int64) * (4 * K)
                 b_weight = tl.load(p_weight).to(tl.float32)[:, :, None]
             decay = tl.exp2(v * -rate[None, :, :])
             if ADJOINT:

@@ -145,15 +145,15 @@ def _rank_offsets(BLOCK_R: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def load_low_rank(p_projected, o_pixel, i_slot, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
+def load_low_rank(p_projected, o_pixel, i_direction, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
     """Low-rank step sizes of a tile, (T, Q, BLOCK_R), then the two numbers behind them, others that are finite or zero.
 
-    What they are multiplied with is zero there (:func:`step_weights`), so whole vectors are loaded. ``i_slot`` is where
-    the direction's projections lie among the four, padded to K: the two directions of a path are neighbours.
+    What they are multiplied with is zero there (:func:`step_weights`), so whole vectors are loaded. Every direction's
+    projections are padded to K.
     """
     W: tl.constexpr = 4 if BLOCK_R < 32 or p_projected.dtype.element_ty.primitive_bitwidth == 32 else 8
     o_lane = _rank_offsets(BLOCK_R, W)
-    pointers = _lane_pointers(p_projected + i_slot * K, o_pixel, o_lane, 4 * K)
+    pointers = _lane_pointers(p_projected + i_direction * K, o_pixel, o_lane, 4 * K)
     mask = tl.broadcast_to(o_lane < (R + W + 1) // W * W, pointers.shape)
     low_rank = tl.load(pointers, mask=mask, other=0.0)
     return tl.reshape(tl.permute(low_rank, (1, 2, 0, 3, 4)), (o_pixel.shape[0], o_pixel.shape[1], BLOCK_R))
@@ -317,7 +317,7 @@ def only_weights(
     p_projected,
     low_rank,
     o_pixel,
-    i_slot,
+    i_direction,
     K: tl.constexpr,
     R: tl.constexpr,
     V: tl.constexpr,
@@ -333,7 +333,7 @@ def only_weights(
     IS_LOADED: tl.constexpr = R + 2 <= low_rank.shape[2]
     first: tl.constexpr = R if IS_LOADED else 0
     if not IS_LOADED:
-        low_rank = load_low_rank(p_projected + R, o_pixel, i_slot, K, 2, 16)
+        low_rank = load_low_rank(p_projected + R, o_pixel, i_direction, K, 2, 16)
     n: tl.constexpr = low_rank.shape[2]
     o_row = tl.arange(0, n)
     o_rank = o_row // WIDTH % 4 * (n // 4) + o_row // (4 * WIDTH) * WIDTH + o_row % WIDTH
