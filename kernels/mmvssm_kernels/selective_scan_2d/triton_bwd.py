@@ -171,16 +171,13 @@ def selective_scan_2d_bwd_kernel(
                 if not IN_ROWS:
                     tl.store(p_dtoken + n, dB, mask=m_token)
                     tl.store(p_dtoken + N + n, dC, mask=m_token)
+            # Loaded again, from the cache, as keeping them would take registers.
+            low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
             if i_slot == 0:
                 dx = skip[None, :, :] * dy
                 dskip += tl.sum(u * dy, axis=0)
             else:
                 dx = load_tile(p_sum, o_pixel, m_token, i_channel, D, D, V)
-            dx += (v * LN_2) * dinput
-            if i_slot == 3:
-                store_tile(p_dx, dx, o_pixel, m_token, i_channel, D, D, V)
-            else:
-                store_tile(p_sum, dx, o_pixel, m_token, i_channel, D, D, V)
             # The derivative of softplus is its input over its output, both as exponents: nothing cancels.
             draw = (u * dinput - ddecay) * tl.exp2(raw - v)
             dbias += tl.sum(draw, axis=0)
@@ -190,11 +187,14 @@ def selective_scan_2d_bwd_kernel(
                 o_column = tl.arange(0, BLOCK_R)[None, None, :]
                 dlow_rank = tl.where(o_column == R, dB[:, :, None], dlow_rank)
                 dlow_rank = tl.where(o_column == R + 1, dC[:, :, None], dlow_rank)
-            store_low_rank(p_dprojected + i_slot * M, dlow_rank, o_pixel, m_token, 4 * M, R + 2 if IN_ROWS else R)
-            # Read again, from the cache, as keeping them would take registers.
-            low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
             low_rank = tl.trans(as_factor(tl.reshape(low_rank, (T * Q, BLOCK_R)), OPERAND, PRECISION))
             dweight = tl.dot(low_rank, tl.reshape(draw, (T * Q, C)), dweight, input_precision=PRECISION)
+            dx += (v * LN_2) * dinput
+            store_low_rank(p_dprojected + i_slot * M, dlow_rank, o_pixel, m_token, 4 * M, R + 2 if IN_ROWS else R)
+            if i_slot == 3:
+                store_tile(p_dx, dx, o_pixel, m_token, i_channel, D, D, V)
+            else:
+                store_tile(p_sum, dx, o_pixel, m_token, i_channel, D, D, V)
         tl.store(p_parameter[None, :] + o_rank[:, None] * D, dweight, mask=m_rank)
         tl.store(p_parameter + R * D, tl.sum(dbias, axis=0), mask=m_channel)
         if N == 1:
