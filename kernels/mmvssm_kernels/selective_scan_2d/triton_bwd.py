@@ -19,6 +19,7 @@ from .triton_tile import (
     LN_2,
     as_chains,
     as_factor,
+    channel_sums,
     dlow_rank_of,
     end_flow,
     end_state,
@@ -131,13 +132,15 @@ def selective_scan_2d_bwd_kernel(
             dy = load_tile(p_dy, o_pixel, m_token, i_channel, stride_dy_pixel, D, V).to(tl.float32)
             raw = raw_steps(low_rank, weight, bias, WIDTH, PRECISION)
             v = softplus_log2(raw, PRECISE)
-            p_dtoken = p_dprojected + i_slot * M + R + o_pixel.to(tl.int64) * (4 * M)
+            p_dtoken = p_dprojected + i_slot * M + R + o_pixel.to(tl.int64)[:, :, None] * (4 * M)
+            p_dtoken = tl.broadcast_to(p_dtoken, (T, Q, 4))
             if N == 1:
                 b_B, b_C = only_weights(p_projected, low_rank, o_pixel, i_direction, K, R, V, WIDTH, PRECISION)
             p_entering_now = p_entering + (i_sequence * n_tiles + i_tile) * (N * D) + o_half
             dinput = tl.zeros((T, Q, C), tl.float32)
             ddecay = tl.zeros((T, Q, C), tl.float32)
-            dB, dC = tl.zeros((T, Q), tl.float32), tl.zeros((T, Q), tl.float32)
+            dB, dC = tl.zeros((T, Q, 4), tl.float32), tl.zeros((T, Q, 4), tl.float32)
+            m_lane = m_token[:, :, None] & (tl.arange(0, 4) == 0)[None, None, :]
             for n in range(N):
                 if N > 1:  # too many for registers
                     rate = load_rate(p_rate, i_channel, i_direction, n, D, N, Q, V)
@@ -151,11 +154,11 @@ def selective_scan_2d_bwd_kernel(
                 value = u * v * (b_B * LN_2)
                 entering, _leaving = enter_groups(total, end_state(decay, value), entering, False)
                 before, states = scan_states(decay, value, entering)
-                dC = tl.sum(states * dy, axis=2)
+                terms_C = states * dy
                 value = dy * b_C
                 groups, flow = enter_groups(total, end_flow(decay, value), flow, True)
                 grad, flows = scan_adjoint(decay, value, groups)
-                dB = tl.sum(grad * (u * v), axis=2) * LN_2
+                dB, dC = channel_sums(grad * (u * v), terms_C, OPERAND, PRECISION)
                 dinput += grad * b_B
                 flows *= before
                 ddecay += flows * rate[None, :, :]
@@ -169,8 +172,8 @@ def selective_scan_2d_bwd_kernel(
                     sums += tl.load(p_drate, mask=m_channel & (i > 0), other=0.0)
                     tl.store(p_drate, sums, mask=m_channel)
                 if not IN_ROWS:
-                    tl.store(p_dtoken + n, dB, mask=m_token)
-                    tl.store(p_dtoken + N + n, dC, mask=m_token)
+                    tl.store(p_dtoken + n, dB * LN_2, mask=m_lane)
+                    tl.store(p_dtoken + N + n, dC, mask=m_lane)
             # Loaded again, from the cache, as keeping them would take registers.
             low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
             if i_slot == 0:
@@ -184,9 +187,11 @@ def selective_scan_2d_bwd_kernel(
             draw = as_factor(draw, OPERAND, PRECISION)
             dlow_rank = dlow_rank_of(draw, weight_back, WIDTH, PRECISION)
             if IN_ROWS:
-                o_column = tl.arange(0, BLOCK_R)[None, None, :]
-                dlow_rank = tl.where(o_column == R, dB[:, :, None], dlow_rank)
-                dlow_rank = tl.where(o_column == R + 1, dC[:, :, None], dlow_rank)
+                o_column = tl.reshape(tl.arange(0, BLOCK_R), (1, 1, 4, BLOCK_R // 4))
+                dlow_rank = tl.reshape(dlow_rank, (T, Q, 4, BLOCK_R // 4))
+                dlow_rank = tl.where(o_column == R, (dB * LN_2)[:, :, :, None], dlow_rank)
+                dlow_rank = tl.where(o_column == R + 1, dC[:, :, :, None], dlow_rank)
+                dlow_rank = tl.reshape(dlow_rank, (T, Q, BLOCK_R))
             low_rank = tl.trans(as_factor(tl.reshape(low_rank, (T * Q, BLOCK_R)), OPERAND, PRECISION))
             dweight = tl.dot(low_rank, tl.reshape(draw, (T * Q, C)), dweight, input_precision=PRECISION)
             dx += (v * LN_2) * dinput

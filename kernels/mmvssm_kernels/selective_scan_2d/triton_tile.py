@@ -252,17 +252,42 @@ def step_weights_back(
 
 
 @triton.jit
+def _channels_as_operand(tile, WIDTH: tl.constexpr):
+    """As :func:`as_operand`, but a lane owns 4 of every 16 columns."""
+    T: tl.constexpr = tile.shape[0]
+    Q: tl.constexpr = tile.shape[1]
+    C: tl.constexpr = tile.shape[2]
+    tile = tl.permute(tl.reshape(tile, (T, Q, C // 16, 4, 4 // WIDTH, WIDTH)), (0, 1, 2, 4, 3, 5))
+    return tl.reshape(tile, (T * Q, C))
+
+
+@triton.jit
 def dlow_rank_of(draw, weight, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of low-rank step sizes (T, Q, BLOCK_R) from those of the step sizes before softplus (T, Q, C)."""
     T: tl.constexpr = draw.shape[0]
     Q: tl.constexpr = draw.shape[1]
     BLOCK_R: tl.constexpr = weight.shape[1]
-    C: tl.constexpr = draw.shape[2]
-    # As in as_operand, but a lane owns 4 of every 16 columns.
-    draw = tl.permute(tl.reshape(draw, (T, Q, C // 16, 4, 4 // WIDTH, WIDTH)), (0, 1, 2, 4, 3, 5))
-    dlow = tl.dot(tl.reshape(draw, (T * Q, C)), weight, input_precision=PRECISION)
+    dlow = tl.dot(_channels_as_operand(draw, WIDTH), weight, input_precision=PRECISION)
     dlow = tl.permute(tl.reshape(dlow, (T, Q, BLOCK_R // 8, 4, 2)), (0, 1, 3, 2, 4))
     return tl.reshape(dlow, (T, Q, BLOCK_R))
+
+
+@triton.jit
+def channel_sums(tile_1, tile_2, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums of two tiles (T, Q, C) over their channels, which all 4 lanes get: both (T, Q, 4).
+
+    Products with ones instead of shuffles, so what is added is rounded to factors of the type ``DTYPE``.
+    """
+    T: tl.constexpr = tile_1.shape[0]
+    Q: tl.constexpr = tile_1.shape[1]
+    C: tl.constexpr = tile_1.shape[2]
+    WIDTH: tl.constexpr = 2 if DTYPE.primitive_bitwidth == 16 else 1
+    i_column = tl.zeros((C, 1), tl.int32) + (tl.arange(0, 8) % 2)[None, :]
+    tile_1 = _channels_as_operand(as_factor(tile_1, DTYPE, PRECISION), WIDTH)
+    tile_2 = _channels_as_operand(as_factor(tile_2, DTYPE, PRECISION), WIDTH)
+    sums = tl.dot(tile_1, (i_column == 0).to(DTYPE), input_precision=PRECISION)
+    sums = tl.dot(tile_2, (i_column == 1).to(DTYPE), sums, input_precision=PRECISION)
+    return tl.split(tl.reshape(sums, (T, Q, 4, 2)))
 
 
 @triton.jit
