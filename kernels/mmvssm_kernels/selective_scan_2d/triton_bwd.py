@@ -71,27 +71,29 @@ def selective_scan_2d_bwd_kernel(
     R: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    M: tl.constexpr,
     T: tl.constexpr,
     Q: tl.constexpr,
     V: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     PRECISE: tl.constexpr,
+    STAGES: tl.constexpr,
+    STATE_STAGES: tl.constexpr,
 ):
     """Gradients from ``count`` directions from the ``first`` on, in the order 0, 2, 1, 3.
 
     p_flow (batch, 4, segments, N, D) has what enters the segments in the adjoint scan and may be overwritten. p_sum
     (batch, H, W, D), float32, takes the gradient of x so far, p_dx that of all directions; p_dprojected is (channel
-    blocks, batch, H, W, 4, R + 2N) in that order; p_dparameters (programs, 4, R + 2 + N, D) has rows of the weights and the bias of
+    blocks, batch, H, W, 4, M) in that order, with zeros behind the R + 2N gradients if M = K; p_dparameters (programs, 4, R + 2 + N, D) has rows of the weights and the bias of
     step sizes, of D (in that of direction 0, for all) and of A_log.
     """
-    M: tl.constexpr = R + 2 * N
     C: tl.constexpr = 4 * V
     N_BLOCKS: tl.constexpr = (D + C - 1) // C
     OPERAND: tl.constexpr = p_dt_weight.dtype.element_ty
     WIDTH: tl.constexpr = 2 if OPERAND.primitive_bitwidth == 16 else 1
     # The gradients of B and C are stored with those of low-rank step sizes if there is place for them in a tile.
-    IN_ROWS: tl.constexpr = N == 1 and R + 2 <= BLOCK_R
+    IN_ROWS: tl.constexpr = M == K
     i_block = tl.program_id(0) % N_BLOCKS
     i_group = tl.program_id(0) // N_BLOCKS
     i_channel = i_block * C
@@ -124,7 +126,7 @@ def selective_scan_2d_bwd_kernel(
         drate = tl.zeros((Q, C), tl.float32)
         p_parameter = p_dparameters + i_direction * ((R + 2 + N) * D) + o_channel
         tl.debug_barrier()  # the sum so far may be read by other threads of this program than wrote it
-        for i in range(n_now):
+        for i in tl.range(n_now, num_stages=STAGES):
             i_tile = i_first + tl.where(is_reverse, i, n_now - 1 - i)
             o_pixel, m_token = tile_tokens(i_image, i_tile, is_column, is_reverse, height, width, T, Q)
             low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
@@ -141,10 +143,13 @@ def selective_scan_2d_bwd_kernel(
             ddecay = tl.zeros((T, Q, C), tl.float32)
             dB, dC = tl.zeros((T, Q, 4), tl.float32), tl.zeros((T, Q, 4), tl.float32)
             m_lane = m_token[:, :, None] & (tl.arange(0, 4) == 0)[None, None, :]
-            for n in range(N):
+            for n in tl.range(N, num_stages=STATE_STAGES):
                 if N > 1:  # too many for registers
                     rate = load_rate(p_rate, i_channel, i_direction, n, D, N, Q, V)
-                    flow = tl.load(p_flow_now + n * D, mask=m_half & ((n_segments > 1) | (i > 0)), other=0.0)
+                    if (n_segments > 1) | (i > 0):  # and not ahead of where it was stored
+                        flow = tl.load(p_flow_now + n * D, mask=m_half, other=0.0)
+                    else:
+                        flow = tl.zeros((2, C), tl.float32)
                     p_token = p_projected + (i_direction * K + R + n) + o_pixel.to(tl.int64) * (4 * K)
                     b_B = tl.load(p_token).to(tl.float32)[:, :, None]
                     b_C = tl.load(p_token + N).to(tl.float32)[:, :, None]
@@ -195,7 +200,7 @@ def selective_scan_2d_bwd_kernel(
             low_rank = tl.trans(as_factor(tl.reshape(low_rank, (T * Q, BLOCK_R)), OPERAND, PRECISION))
             dweight = tl.dot(low_rank, tl.reshape(draw, (T * Q, C)), dweight, input_precision=PRECISION)
             dx += (v * LN_2) * dinput
-            store_low_rank(p_dprojected + i_slot * M, dlow_rank, o_pixel, m_token, 4 * M, R + 2 if IN_ROWS else R)
+            store_low_rank(p_dprojected + i_slot * M, dlow_rank, o_pixel, m_token, 4 * M, M if IN_ROWS else R)
             if i_slot == 3:
                 store_tile(p_dx, dx, o_pixel, m_token, i_channel, D, D, V)
             else:
@@ -282,7 +287,9 @@ def selective_scan_2d_backward(
 
     dx = buffer(batch, launch.height, launch.width, channels, dtype=x.dtype)
     total = dx if x.dtype == torch.float32 else torch.empty_like(dx, dtype=torch.float32)
-    dprojected = buffer(launch.blocks, len(launch.flat), 4 * (rank + 2 * state), dtype=x.dtype)
+    # Rows are as wide as those of the projections if the kernel fills them, and can then be stored in vectors.
+    width = launch.padded if launch.one_tile else rank + 2 * state
+    dprojected = buffer(launch.blocks, len(launch.flat), 4 * width, dtype=x.dtype)
     dparameters = buffer(groups, 4, rank + 2 + state, channels)
     tensors = (launch.x, dy, launch.projected, *launch.parameters, entering, flows)
     outputs = (total, dx, dprojected, dparameters)
@@ -296,6 +303,7 @@ def selective_scan_2d_backward(
             count,
             pixel_stride(launch.x),
             pixel_stride(dy),
+            M=width,
             **launch.constants,
         )
     partial, dprojected = dprojected, torch.empty_like(dprojected[0])
@@ -319,6 +327,6 @@ def selective_scan_2d_backward(
         BLOCK=launch.block,
         num_warps=8,
     )
-    dx.flatten(0, 2).addmm_(dprojected, in_pairs(launch.x_proj).flatten(0, 1))
-    dx_weight = in_pairs((dprojected.T @ launch.flat).view(x_proj_weight.shape))
-    return dx.permute(0, 3, 1, 2), dx_weight.to(x_proj_weight.dtype), *gradients
+    dx.flatten(0, 2).addmm_(dprojected, in_pairs(launch.x_proj[:, :width]).flatten(0, 1))
+    dx_weight = in_pairs((dprojected.T @ launch.flat).view(4, width, channels))[:, : rank + 2 * state]
+    return dx.permute(0, 3, 1, 2), dx_weight.to(x_proj_weight.dtype).contiguous(), *gradients

@@ -62,6 +62,8 @@ def selective_scan_2d_fwd_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     PRECISE: tl.constexpr,
+    STAGES: tl.constexpr,
+    STATE_STAGES: tl.constexpr,
 ):
     """``count`` directions from the ``first`` on, in the order 0, 2, 1, 3.
 
@@ -89,7 +91,7 @@ def selective_scan_2d_fwd_kernel(
         p_state_now = p_state + (i_sequence * n_segments + i_segment) * (N * D) + o_half
         state = tl.load(p_state_now, mask=m_half & (n_segments > 1), other=0.0)
         tl.debug_barrier()  # the sum so far may be read by other threads of this program than wrote it
-        for i in range(n_now):
+        for i in tl.range(n_now, num_stages=STAGES):
             i_tile = i_first + tl.where(is_reverse, n_now - 1 - i, i)
             o_pixel, m_token = tile_tokens(i_image, i_tile, is_column, is_reverse, height, width, T, Q)
             x = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
@@ -102,10 +104,13 @@ def selective_scan_2d_fwd_kernel(
             if N == 1:
                 b_B, b_C = only_weights(p_projected, low_rank, o_pixel, i_direction, K, R, V, WIDTH, PRECISION)
             p_entering_now = p_entering + (i_sequence * n_tiles + i_tile) * (N * D) + o_half
-            for n in range(N):
+            for n in tl.range(N, num_stages=STATE_STAGES):
                 if N > 1:  # too many for registers
                     rate = load_rate(p_rate, i_channel, i_direction, n, D, N, Q, V)
-                    state = tl.load(p_state_now + n * D, mask=m_half & ((n_segments > 1) | (i > 0)), other=0.0)
+                    if (n_segments > 1) | (i > 0):  # and not ahead of where it was stored
+                        state = tl.load(p_state_now + n * D, mask=m_half, other=0.0)
+                    else:
+                        state = tl.zeros((2, C), tl.float32)
                     p_token = p_projected + (i_direction * K + R + n) + o_pixel.to(tl.int64) * (4 * K)
                     b_B = tl.load(p_token).to(tl.float32)[:, :, None]
                     b_C = tl.load(p_token + N).to(tl.float32)[:, :, None]

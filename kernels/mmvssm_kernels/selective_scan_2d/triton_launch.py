@@ -12,6 +12,7 @@ _LANE_CHANNELS = 4
 # A program walks through a segment of a sequence, tile by tile. Whole sequences need no states at borders, but have to be
 # enough programs; otherwise segments have at most so many tiles, so that their number is.
 _ENOUGH_PROGRAMS, _MAX_WALK = 132 * 8, 8
+_STAGES, _STATE_STAGES = 2, 2
 
 
 def _register_limit(state: int, backward: bool) -> dict[str, int]:
@@ -64,10 +65,13 @@ class Launch:
         # One matrix product makes the projections of all directions at every pixel: (B, L, 4, R + 2N), padded so that
         # every direction's can be read in vectors.
         width = self.rank + 2 * self.state
-        padded = triton.cdiv(width, 8) * 8
+        self.padded = padded = triton.cdiv(width, 8) * 8
+        block_rank = max(16, triton.next_power_of_2(self.rank))
+        self.one_tile = self.state == 1 and width <= block_rank  # B and C fit behind the low-rank step sizes
         self.x_proj = x_proj_weight.to(x.dtype)
-        weight = torch.nn.functional.pad(self.x_proj, (0, 0, 0, padded - width)) if padded > width else self.x_proj
-        self.projected = self.flat @ weight.flatten(0, 1).T
+        if padded > width:
+            self.x_proj = torch.nn.functional.pad(self.x_proj, (0, 0, 0, padded - width))
+        self.projected = self.flat @ self.x_proj.flatten(0, 1).T
         if self.state > 1:  # a single state's rate is made from its logarithm inside the kernels
             A_log = A_log.float().exp().view(4, self.channels, self.state).transpose(1, 2)
         self.parameters = tuple(t.contiguous() for t in (dt_proj_weight.to(x.dtype), dt_proj_bias, A_log, D))
@@ -91,9 +95,11 @@ class Launch:
             T=segments.LANE_TOKENS,
             Q=segments.GROUPS,
             V=_LANE_CHANNELS,
-            BLOCK_R=max(16, triton.next_power_of_2(self.rank)),
+            BLOCK_R=block_rank,
             PRECISE=x.dtype == torch.float32,
             PRECISION=_precision(x.dtype),
+            STAGES=_STAGES if self.state == 1 else 1,
+            STATE_STAGES=_STATE_STAGES if self.state > 1 else 1,
             num_warps=1,
             num_stages=1,
             **_register_limit(self.state, backward),

@@ -56,6 +56,8 @@ def selective_scan_2d_states_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     PRECISE: tl.constexpr,
+    STAGES: tl.constexpr,
+    STATE_STAGES: tl.constexpr,
 ):
     """Local end states and decays of segments, both (batch, 4, segments, N, D).
 
@@ -83,7 +85,7 @@ def selective_scan_2d_states_kernel(
     p_decay += i_summary + o_half
     state, total = tl.zeros((2, C), tl.float32), tl.full((2, C), 1.0, tl.float32)
     rate = load_rate(p_rate, i_channel, i_direction, 0, D, N, Q, V)
-    for i in range(n_now):
+    for i in tl.range(n_now, num_stages=STAGES):
         i_tile = i_first + tl.where(is_reverse != ADJOINT, n_now - 1 - i, i)
         o_pixel, m_token = tile_tokens(i_image, i_tile, is_column, is_reverse, height, width, T, Q)
         rows = load_tile(p_rows, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
@@ -92,11 +94,14 @@ def selective_scan_2d_states_kernel(
         if N == 1:
             b_B, b_C = only_weights(p_projected, low_rank, o_pixel, i_direction, K, R, V, WIDTH, PRECISION)
             b_weight = b_C if ADJOINT else b_B
-        for n in range(N):
+        for n in tl.range(N, num_stages=STATE_STAGES):
             if N > 1:  # too many for registers
                 rate = load_rate(p_rate, i_channel, i_direction, n, D, N, Q, V)
-                state = tl.load(p_state + n * D, mask=m_half & (i > 0), other=0.0)
-                total = tl.load(p_decay + n * D, mask=m_half & (i > 0), other=1.0)
+                if i > 0:  # and not ahead of where it was stored
+                    state = tl.load(p_state + n * D, mask=m_half, other=0.0)
+                    total = tl.load(p_decay + n * D, mask=m_half, other=1.0)
+                else:
+                    state, total = tl.zeros((2, C), tl.float32), tl.full((2, C), 1.0, tl.float32)
                 p_weight = p_projected + (i_direction * K + R + N * ADJOINT + n) + o_pixel.to(tl.int64) * (4 * K)
                 b_weight = tl.load(p_weight).to(tl.float32)[:, :, None]
             decay = tl.exp2(v * -rate[None, :, :])

@@ -294,7 +294,9 @@ def channel_sums(tile_1, tile_2, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 def store_low_rank(p_first, dlow, o_row, m_token, STRIDE: tl.constexpr, R: tl.constexpr):
     """Stores (T, Q, BLOCK_R), of which R are kept, to rows ``STRIDE`` apart."""
     BLOCK_R: tl.constexpr = dlow.shape[2]
-    W: tl.constexpr = 4 if STRIDE % 4 == 0 and R % 4 == 0 else (2 if STRIDE % 2 == 0 and R % 2 == 0 else 1)
+    MOST: tl.constexpr = 8 if BLOCK_R >= 32 else 4
+    EVEN: tl.constexpr = 4 if STRIDE % 4 == 0 and R % 4 == 0 else (2 if STRIDE % 2 == 0 and R % 2 == 0 else 1)
+    W: tl.constexpr = MOST if STRIDE % 32 == 0 and R % 8 == 0 else EVEN
     o_lane = _rank_offsets(BLOCK_R, W)
     dlow = tl.reshape(dlow.to(p_first.dtype.element_ty), (dlow.shape[0], dlow.shape[1], 4, BLOCK_R // (4 * W), W))
     tl.store(
