@@ -28,6 +28,7 @@ from .triton_tile import (
     load_low_rank,
     load_rate,
     load_skip,
+    load_state,
     load_tile,
     only_weights,
     product,
@@ -79,7 +80,6 @@ def selective_scan_2d_bwd_kernel(
     PRECISION: tl.constexpr,
     PRECISE: tl.constexpr,
     STAGES: tl.constexpr,
-    STATE_STAGES: tl.constexpr,
 ):
     """Gradients from ``count`` directions from the ``first`` on, in the order 0, 2, 1, 3.
 
@@ -143,22 +143,24 @@ def selective_scan_2d_bwd_kernel(
             ddecay = tl.zeros((T, Q, C), tl.float32)
             dB, dC = tl.zeros((T, Q, 4), tl.float32), tl.zeros((T, Q, 4), tl.float32)
             m_lane = m_token[:, :, None] & (tl.arange(0, 4) == 0)[None, None, :]
-            for n in tl.range(N, num_stages=STATE_STAGES):
-                if N > 1:  # too many for registers
-                    rate = load_rate(p_rate, i_channel, i_direction, n, D, N, Q, V)
-                    if (n_segments > 1) | (i > 0):  # and not ahead of where it was stored
-                        flow = tl.load(p_flow_now + n * D, mask=m_half, other=0.0)
-                    else:
-                        flow = tl.zeros((2, C), tl.float32)
-                    p_token = p_projected + (i_direction * K + R + n) + o_pixel.to(tl.int64) * (4 * K)
-                    b_B = tl.load(p_token).to(tl.float32)[:, :, None]
-                    b_C = tl.load(p_token + N).to(tl.float32)[:, :, None]
-                entering = tl.load(p_entering_now + n * D, mask=m_half, other=0.0)
+            entering = tl.load(p_entering_now, mask=m_half, other=0.0)
+            if N > 1:  # one state after the other, what it needs loaded one ahead
+                p_token = p_projected + (i_direction * K + R) + o_pixel.to(tl.int64) * (4 * K)
+                is_known = (n_segments > 1) | (i > 0)
+                flow, rate, B_now, C_now = load_state(p_flow_now, p_rate, p_token, i_channel, i_direction, is_known, 0, D, N, Q, V)
+            for n in range(N):
+                if N > 1:
+                    m = tl.minimum(n + 1, N - 1)
+                    ahead, rate_ahead, B_ahead, C_ahead = load_state(
+                        p_flow_now, p_rate, p_token, i_channel, i_direction, is_known, m, D, N, Q, V
+                    )
+                    entering_ahead = tl.load(p_entering_now + m * D, mask=m_half, other=0.0)
+                    b_B, b_C = B_now.to(tl.float32)[:, :, None], C_now.to(tl.float32)[:, :, None]
                 decay = tl.exp2(v * -rate[None, :, :])
                 total = as_chains(product(decay))
                 value = u * v * (b_B * LN_2)
-                entering, _leaving = enter_groups(total, end_state(decay, value), entering, False)
-                before, states = scan_states(decay, value, entering)
+                groups, _leaving = enter_groups(total, end_state(decay, value), entering, False)
+                before, states = scan_states(decay, value, groups)
                 terms_C = states * dy
                 value = dy * b_C
                 groups, flow = enter_groups(total, end_flow(decay, value), flow, True)
@@ -179,6 +181,8 @@ def selective_scan_2d_bwd_kernel(
                 if not IN_ROWS:
                     tl.store(p_dtoken + n, dB * LN_2, mask=m_lane)
                     tl.store(p_dtoken + N + n, dC, mask=m_lane)
+                if N > 1:
+                    entering, flow, rate, B_now, C_now = entering_ahead, ahead, rate_ahead, B_ahead, C_ahead
             # Loaded again, from the cache, as keeping them would take registers.
             low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
             if i_slot == 0:

@@ -21,6 +21,7 @@ from .triton_tile import (
     load_low_rank,
     load_rate,
     load_skip,
+    load_state,
     load_tile,
     only_weights,
     product,
@@ -63,7 +64,6 @@ def selective_scan_2d_fwd_kernel(
     PRECISION: tl.constexpr,
     PRECISE: tl.constexpr,
     STAGES: tl.constexpr,
-    STATE_STAGES: tl.constexpr,
 ):
     """``count`` directions from the ``first`` on, in the order 0, 2, 1, 3.
 
@@ -104,16 +104,17 @@ def selective_scan_2d_fwd_kernel(
             if N == 1:
                 b_B, b_C = only_weights(p_projected, low_rank, o_pixel, i_direction, K, R, V, WIDTH, PRECISION)
             p_entering_now = p_entering + (i_sequence * n_tiles + i_tile) * (N * D) + o_half
-            for n in tl.range(N, num_stages=STATE_STAGES):
-                if N > 1:  # too many for registers
-                    rate = load_rate(p_rate, i_channel, i_direction, n, D, N, Q, V)
-                    if (n_segments > 1) | (i > 0):  # and not ahead of where it was stored
-                        state = tl.load(p_state_now + n * D, mask=m_half, other=0.0)
-                    else:
-                        state = tl.zeros((2, C), tl.float32)
-                    p_token = p_projected + (i_direction * K + R + n) + o_pixel.to(tl.int64) * (4 * K)
-                    b_B = tl.load(p_token).to(tl.float32)[:, :, None]
-                    b_C = tl.load(p_token + N).to(tl.float32)[:, :, None]
+            if N > 1:  # one state after the other, what it needs loaded one ahead
+                p_token = p_projected + (i_direction * K + R) + o_pixel.to(tl.int64) * (4 * K)
+                is_known = (n_segments > 1) | (i > 0)
+                state, rate, B_now, C_now = load_state(p_state_now, p_rate, p_token, i_channel, i_direction, is_known, 0, D, N, Q, V)
+            for n in range(N):
+                if N > 1:
+                    m = tl.minimum(n + 1, N - 1)
+                    ahead, rate_ahead, B_ahead, C_ahead = load_state(
+                        p_state_now, p_rate, p_token, i_channel, i_direction, is_known, m, D, N, Q, V
+                    )
+                    b_B, b_C = B_now.to(tl.float32)[:, :, None], C_now.to(tl.float32)[:, :, None]
                 tl.store(p_entering_now + n * D, state, mask=m_half)
                 decay = tl.exp2(v * -rate[None, :, :])
                 value = x * v * (b_B * LN_2)
@@ -122,6 +123,7 @@ def selective_scan_2d_fwd_kernel(
                 y += states * b_C
                 if N > 1:
                     tl.store(p_state_now + n * D, state, mask=m_half)
+                    state, rate, B_now, C_now = ahead, rate_ahead, B_ahead, C_ahead
             if i_slot == 3:
                 store_tile(p_y, y, o_pixel, m_token, i_channel, D, D, V)
             else:

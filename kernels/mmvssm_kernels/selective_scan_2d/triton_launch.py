@@ -12,7 +12,7 @@ _LANE_CHANNELS = 4
 # A program walks through a segment of a sequence, tile by tile. Whole sequences need no states at borders, but have to be
 # enough programs; otherwise segments have at most so many tiles, so that their number is.
 _ENOUGH_PROGRAMS, _MAX_WALK = 132 * 8, 8
-_STAGES, _STATE_STAGES = 2, 2
+_STAGES = 2
 
 
 def _register_limit(state: int, backward: bool) -> dict[str, int]:
@@ -99,7 +99,6 @@ class Launch:
             PRECISE=x.dtype == torch.float32,
             PRECISION=_precision(x.dtype),
             STAGES=_STAGES if self.state == 1 else 1,
-            STATE_STAGES=_STATE_STAGES if self.state > 1 else 1,
             num_warps=1,
             num_stages=1,
             **_register_limit(self.state, backward),

@@ -57,7 +57,6 @@ def selective_scan_2d_states_kernel(
     PRECISION: tl.constexpr,
     PRECISE: tl.constexpr,
     STAGES: tl.constexpr,
-    STATE_STAGES: tl.constexpr,
 ):
     """Local end states and decays of segments, both (batch, 4, segments, N, D).
 
@@ -94,7 +93,7 @@ def selective_scan_2d_states_kernel(
         if N == 1:
             b_B, b_C = only_weights(p_projected, low_rank, o_pixel, i_direction, K, R, V, WIDTH, PRECISION)
             b_weight = b_C if ADJOINT else b_B
-        for n in tl.range(N, num_stages=STATE_STAGES):
+        for n in range(N):
             if N > 1:  # too many for registers
                 rate = load_rate(p_rate, i_channel, i_direction, n, D, N, Q, V)
                 if i > 0:  # and not ahead of where it was stored

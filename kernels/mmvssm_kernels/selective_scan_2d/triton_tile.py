@@ -319,6 +319,26 @@ def load_rate(p_rate, i_first, i_direction, n, D: tl.constexpr, N: tl.constexpr,
 
 
 @triton.jit
+def load_state(
+    p_state,
+    p_rate,
+    p_token,
+    i_first,
+    i_direction,
+    is_known,
+    n,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    V: tl.constexpr,
+):
+    """Of state n of several: itself at the tile's border (2, C), zero unless known, its rates (Q, C), B and C (T, Q)."""
+    state = tl.load(p_state + n * D, mask=(half_offsets(i_first, 4 * V) < D) & is_known, other=0.0)
+    rate = load_rate(p_rate, i_first, i_direction, n, D, N, Q, V)
+    return state, rate, tl.load(p_token + n), tl.load(p_token + (N + n))
+
+
+@triton.jit
 def raw_steps(low_rank, weight, bias, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     """Step sizes before softplus, times log2(e), (T, Q, C)."""
     T: tl.constexpr = low_rank.shape[0]
