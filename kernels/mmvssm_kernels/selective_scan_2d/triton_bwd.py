@@ -20,6 +20,7 @@ from .triton_tile import (
     as_chains,
     as_factor,
     channel_sums,
+    divided,
     dlow_rank_of,
     end_flow,
     end_state,
@@ -44,7 +45,7 @@ from .triton_tile import (
 )
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width", "n_tiles", "n_walk", "first", "count"])
+@triton.jit(do_not_specialize=["batch", "height", "width", "n_tiles", "n_walk", "n_images", "first", "count"])
 def selective_scan_2d_bwd_kernel(
     p_x,
     p_dy,
@@ -64,6 +65,7 @@ def selective_scan_2d_bwd_kernel(
     width,
     n_tiles,
     n_walk,
+    n_images,
     first,
     count,
     stride_pixel: tl.constexpr,
@@ -100,10 +102,13 @@ def selective_scan_2d_bwd_kernel(
     o_channel = i_channel + tl.arange(0, C)
     m_channel = o_channel < D
     n_segments = (n_tiles + n_walk - 1) // n_walk
-    i_image = i_group // n_segments
-    i_segment = i_group - i_image * n_segments
+    i_first_image = i_group // n_segments
+    i_segment = i_group - i_first_image * n_segments
+    i_first_image *= n_images
     i_first = i_segment * n_walk
     n_now = tl.minimum(n_walk, n_tiles - i_first)
+    n_steps = tl.minimum(n_images, batch - i_first_image) * n_now
+    inverse = tl.full((), 0xFFFFFFFF, tl.uint32) // n_now.to(tl.uint32)
     o_half = half_offsets(i_channel, C)
     m_half = o_half < D
     o_rank = tl.arange(0, BLOCK_R)
@@ -118,16 +123,21 @@ def selective_scan_2d_bwd_kernel(
         weight, bias = step_weights(p_dt_weight, p_dt_bias, i_channel, i_direction, D, R, BLOCK_R, V, PRECISION)
         weight_back = step_weights_back(p_dt_weight, i_channel, i_direction, D, R, BLOCK_R, V, WIDTH, PRECISION)
         rate = load_rate(p_rate, i_channel, i_direction, 0, D, N, Q, V)
-        i_sequence = (i_image * 4 + i_direction).to(tl.int64)
-        p_flow_now = p_flow + (i_sequence * n_segments + i_segment) * (N * D) + o_half
-        flow = tl.load(p_flow_now, mask=m_half & (n_segments > 1), other=0.0)
+        p_flow_first = p_flow + i_segment * (N * D) + o_half
+        i_sequence = (i_first_image * 4 + i_direction).to(tl.int64)
+        start = tl.load(p_flow_first + i_sequence * n_segments * (N * D), mask=m_half & (n_segments > 1), other=0.0)
+        flow = start
         dweight = tl.zeros((BLOCK_R, C), tl.float32)
         dbias = tl.zeros((Q, C), tl.float32)
         drate = tl.zeros((Q, C), tl.float32)
         p_parameter = p_dparameters + i_direction * ((R + 2 + N) * D) + o_channel
         tl.debug_barrier()  # the sum so far may be read by other threads of this program than wrote it
-        for i in tl.range(n_now, num_stages=STAGES):
-            i_tile = i_first + tl.where(is_reverse, i, n_now - 1 - i)
+        for i in tl.range(n_steps, num_stages=STAGES):
+            i_image, i_step = divided(i, inverse, n_now)
+            i_image += i_first_image
+            i_sequence = (i_image * 4 + i_direction).to(tl.int64)
+            p_flow_now = p_flow_first + i_sequence * n_segments * (N * D)
+            i_tile = i_first + tl.where(is_reverse, i_step, n_now - 1 - i_step)
             o_pixel, m_token = tile_tokens(i_image, i_tile, is_column, is_reverse, height, width, T, Q)
             low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
             u = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
@@ -137,6 +147,7 @@ def selective_scan_2d_bwd_kernel(
             p_dtoken = p_dprojected + i_slot * M + R + o_pixel.to(tl.int64)[:, :, None] * (4 * M)
             p_dtoken = tl.broadcast_to(p_dtoken, (T, Q, 4))
             if N == 1:
+                flow = tl.where(i_step == 0, start, flow)
                 b_B, b_C = only_weights(p_projected, low_rank, o_pixel, i_direction, K, R, V, WIDTH, PRECISION)
             p_entering_now = p_entering + (i_sequence * n_tiles + i_tile) * (N * D) + o_half
             dinput = tl.zeros((T, Q, C), tl.float32)
@@ -146,7 +157,7 @@ def selective_scan_2d_bwd_kernel(
             entering = tl.load(p_entering_now, mask=m_half, other=0.0)
             if N > 1:  # one state after the other, what it needs loaded one ahead
                 p_token = p_projected + (i_direction * K + R) + o_pixel.to(tl.int64) * (4 * K)
-                is_known = (n_segments > 1) | (i > 0)
+                is_known = (n_segments > 1) | (i_step > 0)
                 flow, rate, B_now, C_now = load_state(p_flow_now, p_rate, p_token, i_channel, i_direction, is_known, 0, D, N, Q, V)
             for n in range(N):
                 if N > 1:
@@ -281,7 +292,7 @@ def selective_scan_2d_backward(
     ``entering`` is what the forward pass returned beside its result.
     """
     launch = Launch(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, backward=True)
-    groups = launch.batch * launch.segments
+    groups = launch.groups
     dy = pixel_uniform(dy)
     batch, channels, rank, state = launch.batch, launch.channels, launch.rank, launch.state
     flows = launch.entering_states(dy, adjoint=True)
@@ -303,6 +314,7 @@ def selective_scan_2d_backward(
             *outputs,
             batch,
             *launch.sizes,
+            launch.images,
             first,
             count,
             pixel_stride(launch.x),

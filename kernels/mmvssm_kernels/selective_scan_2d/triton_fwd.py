@@ -15,6 +15,7 @@ from .triton_launch import Launch, pixel_stride
 from .triton_tile import (
     LN_2,
     as_chains,
+    divided,
     end_state,
     enter_groups,
     half_offsets,
@@ -34,7 +35,7 @@ from .triton_tile import (
 )
 
 
-@triton.jit(do_not_specialize=["height", "width", "n_tiles", "n_walk", "first", "count"])
+@triton.jit(do_not_specialize=["batch", "height", "width", "n_tiles", "n_walk", "n_images", "first", "count"])
 def selective_scan_2d_fwd_kernel(
     p_x,
     p_projected,
@@ -46,10 +47,12 @@ def selective_scan_2d_fwd_kernel(
     p_entering,
     p_sum,
     p_y,
+    batch,
     height,
     width,
     n_tiles,
     n_walk,
+    n_images,
     first,
     count,
     stride_pixel: tl.constexpr,
@@ -75,10 +78,13 @@ def selective_scan_2d_fwd_kernel(
     WIDTH: tl.constexpr = 2 if p_dt_weight.dtype.element_ty.primitive_bitwidth == 16 else 1
     i_channel = tl.program_id(0) % N_BLOCKS * C
     n_segments = (n_tiles + n_walk - 1) // n_walk
-    i_image = tl.program_id(0) // N_BLOCKS // n_segments
-    i_segment = tl.program_id(0) // N_BLOCKS - i_image * n_segments
+    i_first_image = tl.program_id(0) // N_BLOCKS // n_segments
+    i_segment = tl.program_id(0) // N_BLOCKS - i_first_image * n_segments
+    i_first_image *= n_images
     i_first = i_segment * n_walk
     n_now = tl.minimum(n_walk, n_tiles - i_first)
+    n_steps = tl.minimum(n_images, batch - i_first_image) * n_now
+    inverse = tl.full((), 0xFFFFFFFF, tl.uint32) // n_now.to(tl.uint32)
     o_half = half_offsets(i_channel, C)
     m_half = o_half < D
     skip = load_skip(p_skip, i_channel, D, Q, V)
@@ -87,12 +93,17 @@ def selective_scan_2d_fwd_kernel(
         is_column, is_reverse = i_slot >= 2, i_slot % 2 == 1
         weight, bias = step_weights(p_dt_weight, p_dt_bias, i_channel, i_direction, D, R, BLOCK_R, V, PRECISION)
         rate = load_rate(p_rate, i_channel, i_direction, 0, D, N, Q, V)
-        i_sequence = (i_image * 4 + i_direction).to(tl.int64)
-        p_state_now = p_state + (i_sequence * n_segments + i_segment) * (N * D) + o_half
-        state = tl.load(p_state_now, mask=m_half & (n_segments > 1), other=0.0)
+        p_state_first = p_state + i_segment * (N * D) + o_half
+        i_sequence = (i_first_image * 4 + i_direction).to(tl.int64)
+        start = tl.load(p_state_first + i_sequence * n_segments * (N * D), mask=m_half & (n_segments > 1), other=0.0)
+        state = start
         tl.debug_barrier()  # the sum so far may be read by other threads of this program than wrote it
-        for i in tl.range(n_now, num_stages=STAGES):
-            i_tile = i_first + tl.where(is_reverse, n_now - 1 - i, i)
+        for i in tl.range(n_steps, num_stages=STAGES):
+            i_image, i_step = divided(i, inverse, n_now)
+            i_image += i_first_image
+            i_sequence = (i_image * 4 + i_direction).to(tl.int64)
+            p_state_now = p_state_first + i_sequence * n_segments * (N * D)
+            i_tile = i_first + tl.where(is_reverse, n_now - 1 - i_step, i_step)
             o_pixel, m_token = tile_tokens(i_image, i_tile, is_column, is_reverse, height, width, T, Q)
             x = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
             low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
@@ -102,11 +113,12 @@ def selective_scan_2d_fwd_kernel(
                 y = load_tile(p_sum, o_pixel, m_token, i_channel, D, D, V)
             v = softplus_log2(raw_steps(low_rank, weight, bias, WIDTH, PRECISION), PRECISE)
             if N == 1:
+                state = tl.where(i_step == 0, start, state)
                 b_B, b_C = only_weights(p_projected, low_rank, o_pixel, i_direction, K, R, V, WIDTH, PRECISION)
             p_entering_now = p_entering + (i_sequence * n_tiles + i_tile) * (N * D) + o_half
             if N > 1:  # one state after the other, what it needs loaded one ahead
                 p_token = p_projected + (i_direction * K + R) + o_pixel.to(tl.int64) * (4 * K)
-                is_known = (n_segments > 1) | (i > 0)
+                is_known = (n_segments > 1) | (i_step > 0)
                 state, rate, B_now, C_now = load_state(p_state_now, p_rate, p_token, i_channel, i_direction, is_known, 0, D, N, Q, V)
             for n in range(N):
                 if N > 1:
@@ -145,6 +157,6 @@ def selective_scan_2d_forward(
     tensors = (launch.x, launch.projected, *launch.parameters, state, entering, total, y)
     for first, count in launch.parts:
         selective_scan_2d_fwd_kernel[launch.grid](
-            *tensors, *launch.sizes, first, count, pixel_stride(launch.x), **launch.constants
+            *tensors, launch.batch, *launch.sizes, launch.images, first, count, pixel_stride(launch.x), **launch.constants
         )
     return y.permute(0, 3, 1, 2), entering

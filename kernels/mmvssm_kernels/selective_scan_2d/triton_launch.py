@@ -13,6 +13,7 @@ _LANE_CHANNELS = 4
 # enough programs; otherwise segments have at most so many tiles, so that their number is.
 _ENOUGH_PROGRAMS, _MAX_WALK = 132 * 8, 8
 _STAGES = 2
+_MANY_PROGRAMS = 132 * 16
 
 
 def _register_limit(state: int, backward: bool) -> dict[str, int]:
@@ -83,7 +84,10 @@ class Launch:
         if self.batch * self.blocks < _ENOUGH_PROGRAMS:
             walk = min(_MAX_WALK, triton.cdiv(self.batch * self.blocks * self.tiles, _ENOUGH_PROGRAMS))
         self.segments = triton.cdiv(self.tiles, walk)
-        self.grid = (self.blocks * self.batch * self.segments,)
+        # Programs of whole sequences take several images, which share the cost of loading weights.
+        self.images = max(1, self.batch * self.blocks // _MANY_PROGRAMS) if self.segments == 1 else 1
+        self.groups = triton.cdiv(self.batch, self.images) * self.segments
+        self.grid = (self.blocks * self.groups,)
         self.sizes = (self.height, self.width, self.tiles, walk)
         # Programs of one launch may not meet in a pixel: with several segments, rows and columns are two launches.
         self.parts = ((0, 4),) if self.segments == 1 else ((0, 2), (2, 2))

@@ -49,6 +49,14 @@ def softplus_log2(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def divided(i, inverse, n):
+    """i // n and the rest, from ``inverse = 0xFFFFFFFF // n``: rounded down, then mended."""
+    quotient = tl.umulhi(i.to(tl.uint32), inverse).to(tl.int32)
+    quotient += ((quotient + 1) * n <= i).to(tl.int32)
+    return quotient, i - quotient * n
+
+
+@triton.jit
 def tile_tokens(i_image, i_tile, is_column, is_reverse, height, width, T: tl.constexpr, Q: tl.constexpr):
     """Pixels and mask (T, Q) of the tokens of a tile in the order of its scan: T consecutive ones in each of Q groups.
 
@@ -57,12 +65,10 @@ def tile_tokens(i_image, i_tile, is_column, is_reverse, height, width, T: tl.con
     length = height * width
     # A map of one row has the same order along its columns.
     is_turned = is_column & (height > 1)
-    # Divided by multiplication: rounded down and mended for the tile; rounded up for its tokens, exact as the numbers
-    # are small.
+    # Divided by multiplication; for the tokens of the tile with the inverse rounded up, exact as the numbers are small.
     inverse = tl.full((), 0xFFFFFFFF, tl.uint32) // height.to(tl.uint32)
     i_start = i_tile * (T * Q)
-    i_outer = tl.umulhi(i_start.to(tl.uint32), inverse).to(tl.int32)
-    i_outer += ((i_outer + 1) * height <= i_start).to(tl.int32)
+    i_outer, _rest = divided(i_start, inverse, height)
     i_outer = tl.where(is_turned, i_outer, 0)
     inverse = tl.where(is_turned, inverse + 1, 0)
     o_group, o_token = tl.arange(0, Q), tl.arange(0, T)
