@@ -82,6 +82,7 @@ def selective_scan_2d_bwd_kernel(
     PRECISION: tl.constexpr,
     PRECISE: tl.constexpr,
     STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Gradients from ``count`` directions from the ``first`` on, in the order 0, 2, 1, 3.
 
@@ -95,7 +96,7 @@ def selective_scan_2d_bwd_kernel(
     OPERAND: tl.constexpr = p_dt_weight.dtype.element_ty
     WIDTH: tl.constexpr = 2 if OPERAND.primitive_bitwidth == 16 else 1
     # The gradients of B and C are stored with those of low-rank step sizes if there is place for them in a tile.
-    IN_ROWS: tl.constexpr = M == K
+    IN_ROWS: tl.constexpr = N == 1 and R + 2 <= BLOCK_R
     i_block = tl.program_id(0) % N_BLOCKS
     i_group = tl.program_id(0) // N_BLOCKS
     i_channel = i_block * C
@@ -159,7 +160,7 @@ def selective_scan_2d_bwd_kernel(
                 p_token = p_projected + (i_direction * K + R) + o_pixel.to(tl.int64) * (4 * K)
                 is_known = (n_segments > 1) | (i_step > 0)
                 flow, rate, B_now, C_now = load_state(p_flow_now, p_rate, p_token, i_channel, i_direction, is_known, 0, D, N, Q, V)
-            for n in range(N):
+            for n in tl.range(N, loop_unroll_factor=UNROLL if N > 1 else 1):
                 if N > 1:
                     m = tl.minimum(n + 1, N - 1)
                     ahead, rate_ahead, B_ahead, C_ahead = load_state(
@@ -320,6 +321,7 @@ def selective_scan_2d_backward(
             pixel_stride(launch.x),
             pixel_stride(dy),
             M=width,
+            UNROLL=launch.unroll,
             **launch.constants,
         )
     partial, dprojected = dprojected, torch.empty_like(dprojected[0])

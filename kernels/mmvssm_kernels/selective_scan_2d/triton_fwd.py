@@ -67,6 +67,7 @@ def selective_scan_2d_fwd_kernel(
     PRECISION: tl.constexpr,
     PRECISE: tl.constexpr,
     STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """``count`` directions from the ``first`` on, in the order 0, 2, 1, 3.
 
@@ -120,7 +121,7 @@ def selective_scan_2d_fwd_kernel(
                 p_token = p_projected + (i_direction * K + R) + o_pixel.to(tl.int64) * (4 * K)
                 is_known = (n_segments > 1) | (i_step > 0)
                 state, rate, B_now, C_now = load_state(p_state_now, p_rate, p_token, i_channel, i_direction, is_known, 0, D, N, Q, V)
-            for n in range(N):
+            for n in tl.range(N, loop_unroll_factor=UNROLL if N > 1 else 1):
                 if N > 1:
                     m = tl.minimum(n + 1, N - 1)
                     ahead, rate_ahead, B_ahead, C_ahead = load_state(
@@ -157,6 +158,6 @@ def selective_scan_2d_forward(
     tensors = (launch.x, launch.projected, *launch.parameters, state, entering, total, y)
     for first, count in launch.parts:
         selective_scan_2d_fwd_kernel[launch.grid](
-            *tensors, launch.batch, *launch.sizes, launch.images, first, count, pixel_stride(launch.x), **launch.constants
+            *tensors, launch.batch, *launch.sizes, launch.images, first, count, pixel_stride(launch.x), UNROLL=launch.unroll, **launch.constants
         )
     return y.permute(0, 3, 1, 2), entering

@@ -13,6 +13,7 @@ _LANE_CHANNELS = 4
 # enough programs; otherwise segments have at most so many tiles, so that their number is.
 _ENOUGH_PROGRAMS, _MAX_WALK = 132 * 8, 8
 _STAGES = 2
+_UNROLL = 2
 _MANY_PROGRAMS = 132 * 16
 
 
@@ -91,6 +92,7 @@ class Launch:
         self.sizes = (self.height, self.width, self.tiles, walk)
         # Programs of one launch may not meet in a pixel: with several segments, rows and columns are two launches.
         self.parts = ((0, 4),) if self.segments == 1 else ((0, 2), (2, 2))
+        self.unroll = _UNROLL
         self.constants = dict(
             D=self.channels,
             R=self.rank,

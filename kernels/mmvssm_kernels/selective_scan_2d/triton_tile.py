@@ -51,7 +51,7 @@ def softplus_log2(x, PRECISE: tl.constexpr):
 @triton.jit
 def divided(i, inverse, n):
     """i // n and the rest, from ``inverse = 0xFFFFFFFF // n``: rounded down, then mended."""
-    quotient = tl.umulhi(i.to(tl.uint32), inverse).to(tl.int32)
+    quotient = tl.umulhi(tl.cast(i, tl.uint32), inverse).to(tl.int32)
     quotient += ((quotient + 1) * n <= i).to(tl.int32)
     return quotient, i - quotient * n
 
