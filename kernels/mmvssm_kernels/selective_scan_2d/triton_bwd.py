@@ -87,9 +87,10 @@ def selective_scan_2d_bwd_kernel(
     """Gradients from ``count`` directions from the ``first`` on, in the order 0, 2, 1, 3.
 
     p_flow (batch, 4, segments, N, D) has what enters the segments in the adjoint scan and may be overwritten. p_sum
-    (batch, H, W, D), float32, takes the gradient of x so far, p_dx that of all directions; p_dprojected is (channel
-    blocks, batch, H, W, 4, M) in that order, with zeros behind the R + 2N gradients if M = K; p_dparameters (programs, 4, R + 2 + N, D) has rows of the weights and the bias of
-    step sizes, of D (in that of direction 0, for all) and of A_log.
+    (batch, H, W, D), float32, takes the gradient of x so far, p_dx that of all directions. p_dprojected, (channel
+    blocks, batch, H, W, 4, M) in that order of directions, takes R + 2N gradients, and zeros if they fit in one tile.
+    p_dparameters (programs, 4, R + 2 + N, D) has rows of the weights and the bias of step sizes, of D (in that of
+    direction 0, for all) and of A_log.
     """
     C: tl.constexpr = 4 * V
     N_BLOCKS: tl.constexpr = (D + C - 1) // C
@@ -159,7 +160,9 @@ def selective_scan_2d_bwd_kernel(
             if N > 1:  # one state after the other, what it needs loaded one ahead
                 p_token = p_projected + (i_direction * K + R) + o_pixel.to(tl.int64) * (4 * K)
                 is_known = (n_segments > 1) | (i_step > 0)
-                flow, rate, B_now, C_now = load_state(p_flow_now, p_rate, p_token, i_channel, i_direction, is_known, 0, D, N, Q, V)
+                flow, rate, B_now, C_now = load_state(
+                    p_flow_now, p_rate, p_token, i_channel, i_direction, is_known, 0, D, N, Q, V
+                )
             for n in tl.range(N, loop_unroll_factor=UNROLL if N > 1 else 1):
                 if N > 1:
                     m = tl.minimum(n + 1, N - 1)
@@ -313,15 +316,12 @@ def selective_scan_2d_backward(
         selective_scan_2d_bwd_kernel[launch.grid](
             *tensors,
             *outputs,
-            batch,
-            *launch.sizes,
-            launch.images,
+            *launch.walk,
             first,
             count,
             pixel_stride(launch.x),
             pixel_stride(dy),
             M=width,
-            UNROLL=launch.unroll,
             **launch.constants,
         )
     partial, dprojected = dprojected, torch.empty_like(dprojected[0])

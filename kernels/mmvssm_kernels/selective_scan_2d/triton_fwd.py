@@ -108,7 +108,7 @@ def selective_scan_2d_fwd_kernel(
             o_pixel, m_token = tile_tokens(i_image, i_tile, is_column, is_reverse, height, width, T, Q)
             x = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
             low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
-            if i_slot == 0:
+            if i_slot == 0:  # noqa: SIM108
                 y = skip[None, :, :] * x
             else:
                 y = load_tile(p_sum, o_pixel, m_token, i_channel, D, D, V)
@@ -120,7 +120,9 @@ def selective_scan_2d_fwd_kernel(
             if N > 1:  # one state after the other, what it needs loaded one ahead
                 p_token = p_projected + (i_direction * K + R) + o_pixel.to(tl.int64) * (4 * K)
                 is_known = (n_segments > 1) | (i_step > 0)
-                state, rate, B_now, C_now = load_state(p_state_now, p_rate, p_token, i_channel, i_direction, is_known, 0, D, N, Q, V)
+                state, rate, B_now, C_now = load_state(
+                    p_state_now, p_rate, p_token, i_channel, i_direction, is_known, 0, D, N, Q, V
+                )
             for n in tl.range(N, loop_unroll_factor=UNROLL if N > 1 else 1):
                 if N > 1:
                     m = tl.minimum(n + 1, N - 1)
@@ -158,6 +160,6 @@ def selective_scan_2d_forward(
     tensors = (launch.x, launch.projected, *launch.parameters, state, entering, total, y)
     for first, count in launch.parts:
         selective_scan_2d_fwd_kernel[launch.grid](
-            *tensors, launch.batch, *launch.sizes, launch.images, first, count, pixel_stride(launch.x), UNROLL=launch.unroll, **launch.constants
+            *tensors, *launch.walk, first, count, pixel_stride(launch.x), **launch.constants
         )
     return y.permute(0, 3, 1, 2), entering

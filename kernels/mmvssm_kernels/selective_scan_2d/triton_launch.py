@@ -9,12 +9,12 @@ from .triton_states import selective_scan_2d_carry_kernel, selective_scan_2d_sta
 
 # Channels of a lane: the more, the less work per token is repeated; the fewer, the fewer registers.
 _LANE_CHANNELS = 4
-# A program walks through a segment of a sequence, tile by tile. Whole sequences need no states at borders, but have to be
-# enough programs; otherwise segments have at most so many tiles, so that their number is.
-_ENOUGH_PROGRAMS, _MAX_WALK = 132 * 8, 8
-_STAGES = 2
-_UNROLL = 2
-_MANY_PROGRAMS = 132 * 16
+# A program walks through a segment of a sequence, tile by tile. Whole sequences need no states at borders, but have to
+# be enough programs; then they take several images. Otherwise segments have at most so many tiles: few, so that what
+# both directions of rows or columns read stays in the cache.
+_ENOUGH_PROGRAMS, _MANY_PROGRAMS, _MAX_WALK = 132 * 8, 132 * 16, 4
+# Tiles in flight, with one state; with several, the states are the inner loop, which is unrolled.
+_STAGES, _UNROLL = 2, 2
 
 
 def _register_limit(state: int, backward: bool) -> dict[str, int]:
@@ -85,14 +85,14 @@ class Launch:
         if self.batch * self.blocks < _ENOUGH_PROGRAMS:
             walk = min(_MAX_WALK, triton.cdiv(self.batch * self.blocks * self.tiles, _ENOUGH_PROGRAMS))
         self.segments = triton.cdiv(self.tiles, walk)
+        self.sizes = (self.height, self.width, self.tiles, walk)
         # Programs of whole sequences take several images, which share the cost of loading weights.
         self.images = max(1, self.batch * self.blocks // _MANY_PROGRAMS) if self.segments == 1 else 1
         self.groups = triton.cdiv(self.batch, self.images) * self.segments
         self.grid = (self.blocks * self.groups,)
-        self.sizes = (self.height, self.width, self.tiles, walk)
+        self.walk = (self.batch, *self.sizes, self.images)
         # Programs of one launch may not meet in a pixel: with several segments, rows and columns are two launches.
         self.parts = ((0, 4),) if self.segments == 1 else ((0, 2), (2, 2))
-        self.unroll = _UNROLL
         self.constants = dict(
             D=self.channels,
             R=self.rank,
@@ -104,6 +104,7 @@ class Launch:
             BLOCK_R=block_rank,
             PRECISE=x.dtype == torch.float32,
             PRECISION=_precision(x.dtype),
+            UNROLL=_UNROLL,
             STAGES=_STAGES if self.state == 1 else 1,
             num_warps=1,
             num_stages=1,

@@ -57,6 +57,7 @@ def selective_scan_2d_states_kernel(
     PRECISION: tl.constexpr,
     PRECISE: tl.constexpr,
     STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Local end states and decays of segments, both (batch, 4, segments, N, D).
 
@@ -93,7 +94,7 @@ def selective_scan_2d_states_kernel(
         if N == 1:
             b_B, b_C = only_weights(p_projected, low_rank, o_pixel, i_direction, K, R, V, WIDTH, PRECISION)
             b_weight = b_C if ADJOINT else b_B
-        for n in range(N):
+        for n in tl.range(N, loop_unroll_factor=UNROLL if N > 1 else 1):
             if N > 1:  # too many for registers
                 rate = load_rate(p_rate, i_channel, i_direction, n, D, N, Q, V)
                 if i > 0:  # and not ahead of where it was stored
@@ -104,10 +105,7 @@ def selective_scan_2d_states_kernel(
                 p_weight = p_projected + (i_direction * K + R + N * ADJOINT + n) + o_pixel.to(tl.int64) * (4 * K)
                 b_weight = tl.load(p_weight).to(tl.float32)[:, :, None]
             decay = tl.exp2(v * -rate[None, :, :])
-            if ADJOINT:
-                end = end_flow(decay, rows * b_weight)
-            else:
-                end = end_state(decay, rows * v * (b_weight * LN_2))
+            end = end_flow(decay, rows * b_weight) if ADJOINT else end_state(decay, rows * v * (b_weight * LN_2))
             total_now, _, state = chain_ends(as_chains(product(decay)), as_chains(end), state, ADJOINT)
             total *= total_now * other_half(total_now)
             if N > 1:

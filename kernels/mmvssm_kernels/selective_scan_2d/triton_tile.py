@@ -1,10 +1,10 @@
 """What the kernels of the four-direction scan share: where tokens lie, the inputs of a tile, scans inside it.
 
-A warp takes a segment at a time: Q = 8 groups of 4 lanes have T consecutive tokens each, for C = 4 V channels. A lane
-owns V channels, 4 neighbours of every 16, and keeps its T tokens in registers, so that a scan over them is a chain of
-multiply-adds, and what is loaded per token (address, B, C) serves V channels. What goes from group to group takes three
-rounds of shuffles (:func:`scan_groups`). A segment is scanned without a loop, so both directions of a path, rows
-(directions 0 and 2) or columns (1 and 3), can be scanned from one load of its inputs.
+A warp takes a tile at a time: Q = 8 groups of 4 lanes have T consecutive tokens each, in the order of the scan, for
+C = 4 V channels. A lane owns V channels, 4 neighbours of every 16, and keeps its T tokens in registers, so that a scan
+over them is a chain of multiply-adds, and what is loaded per token (address, low-rank step sizes) serves V channels.
+What goes from group to group passes through shared memory to another layout, where a lane has one channel and half of
+the groups (:func:`as_chains`), and back (:func:`enter_groups`).
 
 This is also how matrix instructions hand out a result with one row per token: rows to 8 groups of lanes, pairs of
 columns to the 4 lanes of a group. The columns of a product may have any order, so they are ordered such that a lane
@@ -338,7 +338,7 @@ def load_state(
     Q: tl.constexpr,
     V: tl.constexpr,
 ):
-    """Of state n of several: itself at the tile's border (2, C), zero unless known, its rates (Q, C), B and C (T, Q)."""
+    """Of state n: its value at the tile's border (2, C), zero unless known, its rates (Q, C), B and C (T, Q)."""
     state = tl.load(p_state + n * D, mask=(half_offsets(i_first, 4 * V) < D) & is_known, other=0.0)
     rate = load_rate(p_rate, i_first, i_direction, n, D, N, Q, V)
     return state, rate, tl.load(p_token + n), tl.load(p_token + (N + n))
@@ -383,7 +383,7 @@ def only_weights(
     """
     T: tl.constexpr = low_rank.shape[0]
     Q: tl.constexpr = low_rank.shape[1]
-    IS_LOADED: tl.constexpr = R + 2 <= low_rank.shape[2]
+    IS_LOADED: tl.constexpr = low_rank.shape[2] >= R + 2
     first: tl.constexpr = R if IS_LOADED else 0
     if not IS_LOADED:
         low_rank = load_low_rank(p_projected + R, o_pixel, i_direction, K, 2, 16)
