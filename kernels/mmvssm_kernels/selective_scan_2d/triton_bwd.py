@@ -87,10 +87,10 @@ def selective_scan_2d_bwd_kernel(
     """Gradients from ``count`` directions from the ``first`` on, in the order 0, 2, 1, 3.
 
     p_flow (batch, 4, segments, N, D) has what enters the segments in the adjoint scan and may be overwritten. p_sum
-    (batch, H, W, D), float32, takes the gradient of x so far, p_dx that of all directions. p_dprojected, (channel
-    blocks, batch, H, W, 4, M) in that order of directions, takes R + 2N gradients, and zeros if they fit in one tile.
-    p_dparameters (programs, 4, R + 2 + N, D) has rows of the weights and the bias of step sizes, of D (in that of
-    direction 0, for all) and of A_log.
+    (batch, H, W, D), float32, takes the gradient of x so far, p_dx that of all directions. p_dprojected (channel
+    blocks, batch, H, W, 4, M), with directions in that order unless one launch does all, takes R + 2N gradients, and
+    zeros behind them if they fit in one tile. p_dparameters (programs, 4, R + 2 + N, D) has rows of the weights and the
+    bias of step sizes, of D (in that of direction 0, for all) and of A_log.
     """
     C: tl.constexpr = 4 * V
     N_BLOCKS: tl.constexpr = (D + C - 1) // C
@@ -122,6 +122,7 @@ def selective_scan_2d_bwd_kernel(
     for i_slot in range(first, first + count):
         i_direction = i_slot // 2 + i_slot % 2 * 2
         is_column, is_reverse = i_slot >= 2, i_slot % 2 == 1
+        i_place = tl.where(count == 4, i_direction, i_slot)  # what a launch writes lies side by side
         weight, bias = step_weights(p_dt_weight, p_dt_bias, i_channel, i_direction, D, R, BLOCK_R, V, PRECISION)
         weight_back = step_weights_back(p_dt_weight, i_channel, i_direction, D, R, BLOCK_R, V, WIDTH, PRECISION)
         rate = load_rate(p_rate, i_channel, i_direction, 0, D, N, Q, V)
@@ -146,7 +147,7 @@ def selective_scan_2d_bwd_kernel(
             dy = load_tile(p_dy, o_pixel, m_token, i_channel, stride_dy_pixel, D, V).to(tl.float32)
             raw = raw_steps(low_rank, weight, bias, WIDTH, PRECISION)
             v = softplus_log2(raw, PRECISE)
-            p_dtoken = p_dprojected + i_slot * M + R + o_pixel.to(tl.int64)[:, :, None] * (4 * M)
+            p_dtoken = p_dprojected + i_place * M + R + o_pixel.to(tl.int64)[:, :, None] * (4 * M)
             p_dtoken = tl.broadcast_to(p_dtoken, (T, Q, 4))
             if N == 1:
                 flow = tl.where(i_step == 0, start, flow)
@@ -219,7 +220,7 @@ def selective_scan_2d_bwd_kernel(
             low_rank = tl.trans(as_factor(tl.reshape(low_rank, (T * Q, BLOCK_R)), OPERAND, PRECISION))
             dweight = tl.dot(low_rank, tl.reshape(draw, (T * Q, C)), dweight, input_precision=PRECISION)
             dx += (v * LN_2) * dinput
-            store_low_rank(p_dprojected + i_slot * M, dlow_rank, o_pixel, m_token, 4 * M, M if IN_ROWS else R)
+            store_low_rank(p_dprojected + i_place * M, dlow_rank, o_pixel, m_token, 4 * M, M if IN_ROWS else R)
             if i_slot == 3:
                 store_tile(p_dx, dx, o_pixel, m_token, i_channel, D, D, V)
             else:
@@ -345,6 +346,8 @@ def selective_scan_2d_backward(
         BLOCK=launch.block,
         num_warps=8,
     )
-    dx.flatten(0, 2).addmm_(dprojected, in_pairs(launch.x_proj[:, :width]).flatten(0, 1))
-    dx_weight = in_pairs((dprojected.T @ launch.flat).view(4, width, channels))[:, : rank + 2 * state]
+    x_proj = launch.x_proj[:, :width]
+    dx.flatten(0, 2).addmm_(dprojected, (x_proj if launch.segments == 1 else in_pairs(x_proj)).flatten(0, 1))
+    dx_weight = (dprojected.T @ launch.flat).view(4, width, channels)[:, : rank + 2 * state]
+    dx_weight = dx_weight if launch.segments == 1 else in_pairs(dx_weight)
     return dx.permute(0, 3, 1, 2), dx_weight.to(x_proj_weight.dtype).contiguous(), *gradients

@@ -43,7 +43,7 @@ def pixel_stride(x: Tensor) -> int:
 
 
 def in_pairs(directions: Tensor) -> Tensor:
-    """(4, ...) in the order 0, 2, 1, 3, so that what a launch writes lies side by side; or put back from there."""
+    """(4, ...) in the order 0, 2, 1, 3, or put back from there."""
     return directions.unflatten(0, (2, 2)).transpose(0, 1).flatten(0, 1)
 
 
@@ -71,8 +71,9 @@ class Launch:
         block_rank = max(16, triton.next_power_of_2(self.rank))
         self.one_tile = self.state == 1 and width <= block_rank  # B and C fit behind the low-rank step sizes
         self.x_proj = x_proj_weight.to(x.dtype)
-        if padded > width:
-            self.x_proj = torch.nn.functional.pad(self.x_proj, (0, 0, 0, padded - width))
+        if padded > width:  # by copies of any row: what is made of them is multiplied with zeros
+            more = self.x_proj[:, :1].expand(-1, padded - width, -1)
+            self.x_proj = torch.cat((self.x_proj, more), 1)
         self.projected = self.flat @ self.x_proj.flatten(0, 1).T
         if self.state > 1:  # a single state's rate is made from its logarithm inside the kernels
             A_log = A_log.float().exp().view(4, self.channels, self.state).transpose(1, 2)
