@@ -56,7 +56,6 @@ def selective_scan_2d_bwd_kernel(
     p_skip,
     p_entering,
     p_flow,
-    p_sum,
     p_dx,
     p_dprojected,
     p_dparameters,
@@ -86,8 +85,8 @@ def selective_scan_2d_bwd_kernel(
 ):
     """Gradients from ``count`` directions from the ``first`` on, in the order 0, 2, 1, 3.
 
-    p_flow (batch, 4, segments, N, D) has what enters the segments in the adjoint scan and may be overwritten. p_sum
-    (batch, H, W, D), float32, takes the gradient of x so far, p_dx that of all directions. p_dprojected (channel
+    p_flow (batch, 4, segments, N, D) has what enters the segments in the adjoint scan and may be overwritten. p_dx
+    (batch, H, W, D) takes the gradient of x so far. p_dprojected (channel
     blocks, batch, H, W, 4, M), with directions in that order unless one launch does all, takes R + 2N gradients, and
     zeros behind them if they fit in one tile. p_dparameters (programs, 4, R + 2 + N, D) has rows of the weights and the
     bias of step sizes, of D (in that of direction 0, for all) and of A_log.
@@ -205,7 +204,7 @@ def selective_scan_2d_bwd_kernel(
                 dx = skip[None, :, :] * dy
                 dskip += tl.sum(u * dy, axis=0)
             else:
-                dx = load_tile(p_sum, o_pixel, m_token, i_channel, D, D, V)
+                dx = load_tile(p_dx, o_pixel, m_token, i_channel, D, D, V).to(tl.float32)
             # The derivative of softplus is its input over its output, both as exponents: nothing cancels.
             draw = (u * dinput - ddecay) * tl.exp2(raw - v)
             dbias += tl.sum(draw, axis=0)
@@ -221,10 +220,7 @@ def selective_scan_2d_bwd_kernel(
             dweight = tl.dot(low_rank, tl.reshape(draw, (T * Q, C)), dweight, input_precision=PRECISION)
             dx += (v * LN_2) * dinput
             store_low_rank(p_dprojected + i_place * M, dlow_rank, o_pixel, m_token, 4 * M, M if IN_ROWS else R)
-            if i_slot == 3:
-                store_tile(p_dx, dx, o_pixel, m_token, i_channel, D, D, V)
-            else:
-                store_tile(p_sum, dx, o_pixel, m_token, i_channel, D, D, V)
+            store_tile(p_dx, dx, o_pixel, m_token, i_channel, D, D, V)
         tl.store(p_parameter[None, :] + o_rank[:, None] * D, dweight, mask=m_rank)
         tl.store(p_parameter + R * D, tl.sum(dbias, axis=0), mask=m_channel)
         if N == 1:
@@ -306,13 +302,12 @@ def selective_scan_2d_backward(
         return x.new_empty(*shape, dtype=dtype)
 
     dx = buffer(batch, launch.height, launch.width, channels, dtype=x.dtype)
-    total = dx if x.dtype == torch.float32 else torch.empty_like(dx, dtype=torch.float32)
     # Rows are as wide as those of the projections if the kernel fills them, and can then be stored in vectors.
     width = launch.padded if launch.one_tile else rank + 2 * state
     dprojected = buffer(launch.blocks, len(launch.flat), 4 * width, dtype=x.dtype)
     dparameters = buffer(groups, 4, rank + 2 + state, channels)
     tensors = (launch.x, dy, launch.projected, *launch.parameters, entering, flows)
-    outputs = (total, dx, dprojected, dparameters)
+    outputs = (dx, dprojected, dparameters)
     for first, count in launch.parts:
         selective_scan_2d_bwd_kernel[launch.grid](
             *tensors,

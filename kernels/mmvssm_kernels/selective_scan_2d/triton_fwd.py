@@ -3,7 +3,7 @@
 1. Projections of all directions by one matrix product (``triton_launch.py``).
 2. States that enter the segments (``triton_states.py``), unless a segment is a whole sequence.
 3. The kernel below walks through each segment in all directions. Rows come first; columns add their results to them, so
-   that nothing is added atomically, and the last ones round the sum to the dtype of the result.
+   that nothing is added atomically. Sums so far are kept in the dtype of the result.
 """
 
 import torch
@@ -45,7 +45,6 @@ def selective_scan_2d_fwd_kernel(
     p_skip,
     p_state,
     p_entering,
-    p_sum,
     p_y,
     batch,
     height,
@@ -71,8 +70,8 @@ def selective_scan_2d_fwd_kernel(
 ):
     """``count`` directions from the ``first`` on, in the order 0, 2, 1, 3.
 
-    p_sum (batch, H, W, D), float32, takes the sum so far, p_y that of all; p_state (batch, 4, segments, N, D) has what
-    enters the segments and may be overwritten; what enters the tiles goes to p_entering (batch, 4, tiles, N, D).
+    p_y (batch, H, W, D) takes the sum so far; p_state (batch, 4, segments, N, D) has what enters the segments and may
+    be overwritten; what enters the tiles goes to p_entering (batch, 4, tiles, N, D).
     """
     C: tl.constexpr = 4 * V
     N_BLOCKS: tl.constexpr = (D + C - 1) // C
@@ -108,10 +107,10 @@ def selective_scan_2d_fwd_kernel(
             o_pixel, m_token = tile_tokens(i_image, i_tile, is_column, is_reverse, height, width, T, Q)
             x = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
             low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
-            if i_slot == 0:  # noqa: SIM108
+            if i_slot == 0:
                 y = skip[None, :, :] * x
             else:
-                y = load_tile(p_sum, o_pixel, m_token, i_channel, D, D, V)
+                y = load_tile(p_y, o_pixel, m_token, i_channel, D, D, V).to(tl.float32)
             v = softplus_log2(raw_steps(low_rank, weight, bias, WIDTH, PRECISION), PRECISE)
             if N == 1:
                 state = tl.where(i_step == 0, start, state)
@@ -139,10 +138,7 @@ def selective_scan_2d_fwd_kernel(
                 if N > 1:
                     tl.store(p_state_now + n * D, state, mask=m_half)
                     state, rate, B_now, C_now = ahead, rate_ahead, B_ahead, C_ahead
-            if i_slot == 3:
-                store_tile(p_y, y, o_pixel, m_token, i_channel, D, D, V)
-            else:
-                store_tile(p_sum, y, o_pixel, m_token, i_channel, D, D, V)
+            store_tile(p_y, y, o_pixel, m_token, i_channel, D, D, V)
 
 
 def selective_scan_2d_forward(
@@ -155,9 +151,8 @@ def selective_scan_2d_forward(
     launch = Launch(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, backward=False)
     state = launch.entering_states(launch.x, adjoint=False)
     y = x.new_empty(launch.batch, launch.height, launch.width, launch.channels, dtype=out_dtype)
-    total = y if out_dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
     entering = x.new_empty(launch.batch, 4, launch.tiles * launch.state * launch.channels, dtype=torch.float32)
-    tensors = (launch.x, launch.projected, *launch.parameters, state, entering, total, y)
+    tensors = (launch.x, launch.projected, *launch.parameters, state, entering, y)
     for first, count in launch.parts:
         selective_scan_2d_fwd_kernel[launch.grid](
             *tensors, *launch.walk, first, count, pixel_stride(launch.x), **launch.constants
