@@ -80,7 +80,6 @@ def selective_scan_2d_bwd_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     PRECISE: tl.constexpr,
-    STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     """Gradients from ``count`` directions from the ``first`` on, in the order 0, 2, 1, 3.
@@ -134,7 +133,7 @@ def selective_scan_2d_bwd_kernel(
         drate = tl.zeros((Q, C), tl.float32)
         p_parameter = p_dparameters + i_direction * ((R + 2 + N) * D) + o_channel
         tl.debug_barrier()  # the sum so far may be read by other threads of this program than wrote it
-        for i in tl.range(n_steps, num_stages=STAGES):
+        for i in range(n_steps):
             i_image, i_step = divided(i, inverse, n_now)
             i_image += i_first_image
             i_sequence = (i_image * 4 + i_direction).to(tl.int64)

@@ -65,7 +65,6 @@ def selective_scan_2d_fwd_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     PRECISE: tl.constexpr,
-    STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     """``count`` directions from the ``first`` on, in the order 0, 2, 1, 3.
@@ -98,7 +97,7 @@ def selective_scan_2d_fwd_kernel(
         start = tl.load(p_state_first + i_sequence * n_segments * (N * D), mask=m_half & (n_segments > 1), other=0.0)
         state = start
         tl.debug_barrier()  # the sum so far may be read by other threads of this program than wrote it
-        for i in tl.range(n_steps, num_stages=STAGES):
+        for i in range(n_steps):
             i_image, i_step = divided(i, inverse, n_now)
             i_image += i_first_image
             i_sequence = (i_image * 4 + i_direction).to(tl.int64)

@@ -13,15 +13,15 @@ _LANE_CHANNELS = 4
 # be enough programs; then they take several images. Otherwise segments have at most so many tiles: few, so that what
 # both directions of rows or columns read stays in the cache.
 _ENOUGH_PROGRAMS, _MANY_PROGRAMS, _MAX_WALK = 132 * 8, 132 * 16, 4
-# Tiles in flight, with one state; with several, the states are the inner loop, which is unrolled.
-_STAGES, _UNROLL = 2, 2
+# States that are scanned together if there are several.
+_UNROLL = 2
 
 
-def _register_limit(state: int, backward: bool) -> dict[str, int]:
-    """Registers of a thread; only NVIDIA's compiler takes a limit. One state: spills cost more than warps bring."""
+def _register_limit(block_rank: int, state: int, backward: bool) -> dict[str, int]:
+    """Registers of a thread; only NVIDIA's compiler takes a limit. Spills cost more than warps bring."""
     if torch.version.hip:
         return {}
-    return {"maxnreg": 255 if backward and state == 1 else 168}
+    return {"maxnreg": 255 if backward else 128 if block_rank == 16 and state == 1 else 168}
 
 
 def pixel_uniform(x: Tensor) -> Tensor:
@@ -106,10 +106,9 @@ class Launch:
             PRECISE=x.dtype == torch.float32,
             PRECISION=_precision(x.dtype),
             UNROLL=_UNROLL,
-            STAGES=_STAGES if self.state == 1 else 1,
             num_warps=1,
             num_stages=1,
-            **_register_limit(self.state, backward),
+            **_register_limit(block_rank, self.state, backward),
         )
 
     def entering_states(self, rows: Tensor, adjoint: bool) -> Tensor:

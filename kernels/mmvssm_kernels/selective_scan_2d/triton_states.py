@@ -56,7 +56,6 @@ def selective_scan_2d_states_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     PRECISE: tl.constexpr,
-    STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     """Local end states and decays of segments, both (batch, 4, segments, N, D).
@@ -85,7 +84,7 @@ def selective_scan_2d_states_kernel(
     p_decay += i_summary + o_half
     state, total = tl.zeros((2, C), tl.float32), tl.full((2, C), 1.0, tl.float32)
     rate = load_rate(p_rate, i_channel, i_direction, 0, D, N, Q, V)
-    for i in tl.range(n_now, num_stages=STAGES):
+    for i in range(n_now):
         i_tile = i_first + tl.where(is_reverse != ADJOINT, n_now - 1 - i, i)
         o_pixel, m_token = tile_tokens(i_image, i_tile, is_column, is_reverse, height, width, T, Q)
         rows = load_tile(p_rows, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
