@@ -1,12 +1,14 @@
 """Four-direction selective scan, Triton backward pass.
 
-1. Projections as in the forward pass, which left the states that enter the segments.
-2. What enters the segments in the adjoint scans, which run against the directions (``triton_states.py``).
-3. The kernel below scans each segment along each direction and back, all of it in registers, and collects all
-   gradients. Those of x and of the projections go to the program's own pixels; those of the parameters are partial sums
-   per program. Nothing is added atomically. One direction after the other: both at once would share what they read,
-   but not fit into registers.
-4. Matrix products carry the gradients of the projections to x and to the projection weights.
+1. Projections as in the forward pass, which left the states that enter the tiles.
+2. What enters the segments in the adjoint scans, which run against the directions (``triton_states.py``), unless a
+   segment is a whole sequence.
+3. The first kernel below walks through each segment against each direction; every tile is scanned along the direction
+   and back, all of it in registers, and leaves all gradients. Those of x and of the projections go to the program's own
+   pixels, those of x on top of those of the directions before; those of the parameters are partial sums per program.
+   Nothing is added atomically.
+4. The second kernel adds what channel blocks and programs left apart.
+5. Matrix products carry the gradients of the projections to x and to the projection weights.
 """
 
 import torch
@@ -14,28 +16,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import Launch, in_pairs, pixel_stride, pixel_uniform
-from .triton_tile import (
-    LN_2,
+from .triton_chains import (
     as_chains,
-    as_factor,
-    channel_sums,
-    divided,
-    dlow_rank_of,
     end_flow,
     end_state,
     enter_groups,
     half_offsets,
+    product,
+    scan_adjoint,
+    scan_states,
+)
+from .triton_launch import Launch, in_pairs, pixel_stride, pixel_uniform
+from .triton_tile import (
+    LN_2,
+    as_factor,
+    channel_sums,
+    divided,
+    dlow_rank_of,
     load_low_rank,
     load_rate,
     load_skip,
     load_state,
     load_tile,
     only_weights,
-    product,
     raw_steps,
-    scan_adjoint,
-    scan_states,
     softplus_log2,
     step_weights,
     step_weights_back,
@@ -85,10 +89,10 @@ def selective_scan_2d_bwd_kernel(
     """Gradients from ``count`` directions from the ``first`` on, in the order 0, 2, 1, 3.
 
     p_flow (batch, 4, segments, N, D) has what enters the segments in the adjoint scan and may be overwritten. p_dx
-    (batch, H, W, D) takes the gradient of x so far. p_dprojected (channel
-    blocks, batch, H, W, 4, M), with directions in that order unless one launch does all, takes R + 2N gradients, and
-    zeros behind them if they fit in one tile. p_dparameters (programs, 4, R + 2 + N, D) has rows of the weights and the
-    bias of step sizes, of D (in that of direction 0, for all) and of A_log.
+    (batch, H, W, D) takes the gradient of x so far. p_dprojected (channel blocks, batch, H, W, 4, M), with directions
+    in that order unless one launch does all, takes R + 2N gradients, and zeros behind them if they fit in one tile.
+    p_dparameters (programs, 4, R + 2 + N, D) has rows of the weights and the bias of step sizes, of D (in that of
+    direction 0, for all) and of A_log.
     """
     C: tl.constexpr = 4 * V
     N_BLOCKS: tl.constexpr = (D + C - 1) // C

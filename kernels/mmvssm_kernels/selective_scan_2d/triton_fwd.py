@@ -11,23 +11,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import Launch, pixel_stride
-from .triton_tile import (
-    LN_2,
+from .triton_chains import (
     as_chains,
-    divided,
     end_state,
     enter_groups,
     half_offsets,
+    product,
+    scan_states,
+)
+from .triton_launch import Launch, pixel_stride
+from .triton_tile import (
+    LN_2,
+    divided,
     load_low_rank,
     load_rate,
     load_skip,
     load_state,
     load_tile,
     only_weights,
-    product,
     raw_steps,
-    scan_states,
     softplus_log2,
     step_weights,
     store_tile,

@@ -8,23 +8,25 @@
 import triton
 import triton.language as tl
 
-from .triton_tile import (
-    LN_2,
+from .triton_chains import (
     as_chains,
     chain,
     chain_ends,
     end_flow,
     end_state,
     half_offsets,
+    other_half,
+    product,
+    row,
+    scan_states,
+)
+from .triton_tile import (
+    LN_2,
     load_low_rank,
     load_rate,
     load_tile,
     only_weights,
-    other_half,
-    product,
     raw_steps,
-    row,
-    scan_states,
     softplus_log2,
     step_weights,
     tile_tokens,
