@@ -11,7 +11,7 @@ from mmvssm_kernels.dispatch import triton_importable
 from ..helpers import ROOT
 
 KERNELS = [f"selective_scan{suffix}_{part}_kernel" for suffix in ("", "_2d") for part in ("fwd", "bwd")]
-KERNELS += [f"selective_scan_2d_{part}_kernel" for part in ("states", "carry", "join", "sum")]
+KERNELS += [f"selective_scan_2d_{part}_kernel" for part in ("states", "carry", "sum")]
 _TWO_PASSES = ("causal_conv1d", "add_norm", "locality_gate", "swiglu")
 KERNELS += [f"{operator}_{part}_kernel" for operator in _TWO_PASSES for part in ("fwd", "bwd")]
 KERNELS += ["bias_activation_fwd_kernel", "bias_activation_bwd_kernel", "sum_rows_kernel"]

@@ -68,12 +68,15 @@ if interpreting():
         from mmvssm_kernels.locality_gate import triton_bwd as locality_gate
         from mmvssm_kernels.selective_scan import triton_launch
         from mmvssm_kernels.selective_scan_2d import segments as selective_scan_2d
+        from mmvssm_kernels.selective_scan_2d import triton_launch as selective_scan_2d_launch
 
         # Smaller blocks than on a GPU: the interpreter walks through a tile element by element.
         for form in ("forward_form", "backward_form"):
             monkeypatch.setattr(triton_launch, form, lambda state: (16, 1, 4, None))
         monkeypatch.setattr(selective_scan_2d, "LANE_TOKENS", 2)
         monkeypatch.setattr(bidirectional_gla, "_SCAN_BLOCKS", 1)
+        monkeypatch.setattr(selective_scan_2d_launch, "_ENOUGH_PROGRAMS", 4 if segments == "several" else 1)
+        monkeypatch.setattr(selective_scan_2d_launch, "_MANY_PROGRAMS", 1)
         if segments == "several":
             monkeypatch.setattr(bidirectional_gla, "_UNSCANNED", 0)
             monkeypatch.setattr(bidirectional_gla, "_SCAN_WARPS", 2)

@@ -7,7 +7,7 @@ from .. import dispatch
 from ..flops import BACKWARD_FACTOR, flop_formula, projection_flops, scan_flops
 from ..registration import custom_op
 from . import torch_scan
-from .segments import count_segments
+from .segments import count_tiles
 
 # What the kernels are made for; the memory for states at borders grows with their number.
 _MAX_STATES = 16
@@ -29,8 +29,8 @@ def _channel_last_empty(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _entering_states(x: Tensor, A_log: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
-    # One axis for segments, states and channels: torch.export would settle whether an axis of segments has length 1.
-    size = count_segments(height, width) * A_log.shape[1] * channels
+    # One axis for tiles, states and channels: torch.export would settle whether an axis of tiles has length 1.
+    size = count_tiles(height, width) * A_log.shape[1] * channels
     return x.new_empty(batch, 4, size, dtype=torch.float32)
 
 
@@ -47,7 +47,7 @@ def selective_scan_2d_op(
 ) -> tuple[Tensor, Tensor]:
     """Sum of the four directions (B, D, H, W) in ``out_dtype``, channel-last memory; the caller checks arguments.
 
-    The second tensor (B, 4, segments N D) holds the states that enter the segments: what the Triton backend hands to
+    The second tensor (B, 4, tiles N D) holds the states that enter the tiles: what the Triton backend hands to
     its backward pass. For other backends it is zero.
     """
     arguments = (x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D)

@@ -1,12 +1,14 @@
 """Four-direction selective scan, Triton backward pass.
 
-1. Projections as in the forward pass, which left the states that enter the segments.
-2. What enters the segments in the adjoint scans, which run against the directions (``triton_states.py``).
-3. The kernel below scans each segment along each direction and back, all of it in registers, and collects all
-   gradients. Those of x and of the projections go to the program's own pixels; those of the parameters are partial sums
-   per program. Nothing is added atomically. One direction after the other: both at once would share what they read,
-   but not fit into registers.
-4. Matrix products carry the gradients of the projections to x and to the projection weights.
+1. Projections as in the forward pass, which left the states that enter the tiles.
+2. What enters the segments in the adjoint scans, which run against the directions (``triton_states.py``), unless a
+   segment is a whole sequence.
+3. The first kernel below walks through each segment against each direction; every tile is scanned along the direction
+   and back, all of it in registers, and leaves all gradients. Those of x and of the projections go to the program's own
+   pixels, those of x on top of those of the directions before; those of the parameters are partial sums per program.
+   Nothing is added atomically.
+4. The second kernel adds what channel blocks and programs left apart.
+5. Matrix products carry the gradients of the projections to x and to the projection weights.
 """
 
 import torch
@@ -14,31 +16,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_chains import (
+    as_chains,
+    end_flow,
+    end_state,
+    enter_groups,
+    half_offsets,
+    product,
+    scan_adjoint,
+    scan_states,
+)
 from .triton_launch import Launch, in_pairs, pixel_stride, pixel_uniform
 from .triton_tile import (
     LN_2,
     as_factor,
+    channel_sums,
+    divided,
     dlow_rank_of,
-    end_flow,
-    end_state,
-    enter_groups,
     load_low_rank,
     load_rate,
-    load_rows,
+    load_skip,
+    load_state,
     load_tile,
+    only_weights,
     raw_steps,
-    scan_adjoint,
-    scan_states,
-    segment_tokens,
     softplus_log2,
     step_weights,
     step_weights_back,
     store_low_rank,
     store_tile,
+    tile_tokens,
 )
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width", "n_segments", "n_loops", "first", "count"])
+@triton.jit(do_not_specialize=["batch", "height", "width", "n_tiles", "n_walk", "n_images", "first", "count"])
 def selective_scan_2d_bwd_kernel(
     p_x,
     p_dy,
@@ -48,16 +59,16 @@ def selective_scan_2d_bwd_kernel(
     p_rate,
     p_skip,
     p_entering,
-    p_flow_entering,
-    p_sum,
+    p_flow,
     p_dx,
     p_dprojected,
     p_dparameters,
     batch,
     height,
     width,
-    n_segments,
-    n_loops,
+    n_tiles,
+    n_walk,
+    n_images,
     first,
     count,
     stride_pixel: tl.constexpr,
@@ -66,164 +77,215 @@ def selective_scan_2d_bwd_kernel(
     R: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    M: tl.constexpr,
     T: tl.constexpr,
     Q: tl.constexpr,
     V: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     PRECISE: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """Gradients from both directions of ``count`` paths, rows and columns, from the ``first`` on.
+    """Gradients from ``count`` directions from the ``first`` on, in the order 0, 2, 1, 3.
 
-    p_sum (batch, H, W, D) float32 takes the gradient of x along rows, p_dx that along both; p_dprojected is
-    (channel blocks, batch, H, W, 4, R + 2N); p_dparameters (programs, 4, R + 2 + N, D) has rows of the weights and the
-    bias of step sizes, of D and of A_log.
+    p_flow (batch, 4, segments, N, D) has what enters the segments in the adjoint scan and may be overwritten. p_dx
+    (batch, H, W, D) takes the gradient of x so far. p_dprojected (channel blocks, batch, H, W, 4, M), with directions
+    in that order unless one launch does all, takes R + 2N gradients, and zeros behind them if they fit in one tile.
+    p_dparameters (programs, 4, R + 2 + N, D) has rows of the weights and the bias of step sizes, of D (in that of
+    direction 0, for all) and of A_log.
     """
-    M: tl.constexpr = R + 2 * N
     C: tl.constexpr = 4 * V
     N_BLOCKS: tl.constexpr = (D + C - 1) // C
     OPERAND: tl.constexpr = p_dt_weight.dtype.element_ty
     WIDTH: tl.constexpr = 2 if OPERAND.primitive_bitwidth == 16 else 1
+    # The gradients of B and C are stored with those of low-rank step sizes if there is place for them in a tile.
+    IN_ROWS: tl.constexpr = N == 1 and R + 2 <= BLOCK_R
     i_block = tl.program_id(0) % N_BLOCKS
     i_group = tl.program_id(0) // N_BLOCKS
     i_channel = i_block * C
     o_channel = i_channel + tl.arange(0, C)
     m_channel = o_channel < D
-    i_first = i_group * n_loops
-    i_end = tl.minimum(i_first + n_loops, batch * n_segments)
+    n_segments = (n_tiles + n_walk - 1) // n_walk
+    i_first_image = i_group // n_segments
+    i_segment = i_group - i_first_image * n_segments
+    i_first_image *= n_images
+    i_first = i_segment * n_walk
+    n_now = tl.minimum(n_walk, n_tiles - i_first)
+    n_steps = tl.minimum(n_images, batch - i_first_image) * n_now
+    inverse = tl.full((), 0xFFFFFFFF, tl.uint32) // n_now.to(tl.uint32)
+    o_half = half_offsets(i_channel, C)
+    m_half = o_half < D
     o_rank = tl.arange(0, BLOCK_R)
     m_rank = (o_rank < R)[:, None] & m_channel[None, :]
     p_dprojected += tl.cast(i_block, tl.int64) * batch * height * width * (4 * M)
     p_dparameters += tl.cast(i_group, tl.int64) * (4 * (R + 2 + N) * D)
-    for path in range(first, first + count):
-        skip = load_rows(p_skip, path, i_channel, D, 1, V) + load_rows(p_skip, path + 2, i_channel, D, 1, V)
-        dskip = tl.zeros((Q, C), tl.float32)
-        for d in tl.static_range(2):
-            tl.debug_barrier()  # the sum so far may be read by other threads of this program than wrote it
-            i_direction, i_slot = path + 2 * d, 2 * path + d
-            weight, bias = step_weights(p_dt_weight, p_dt_bias, i_channel, i_direction, D, R, BLOCK_R, V, PRECISION)
-            weight_back = step_weights_back(p_dt_weight, i_channel, i_direction, D, R, BLOCK_R, V, WIDTH, PRECISION)
-            dweight = tl.zeros((BLOCK_R, C), tl.float32)
-            dbias = tl.zeros((Q, C), tl.float32)
-            drate = tl.zeros((Q, C), tl.float32)
-            p_parameter = p_dparameters + i_direction * ((R + 2 + N) * D) + o_channel
-            for i_sequence in range(i_first, i_end):
-                o_pixel, m_token = segment_tokens(i_sequence, n_segments, path == 1, height, width, T, Q)
-                u = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
-                dy = load_tile(p_dy, o_pixel, m_token, i_channel, stride_dy_pixel, D, V).to(tl.float32)
-                low_rank = load_low_rank(p_projected, o_pixel, i_slot, K, R, BLOCK_R)
-                raw = raw_steps(low_rank, weight, bias, WIDTH, PRECISION)
-                v = softplus_log2(raw, PRECISE)
-                steps = tl.sum(v, axis=0)
-                p_token = p_projected + i_slot * K + R + o_pixel.to(tl.int64) * (4 * K)
-                p_dtoken = p_dprojected + i_slot * M + R + o_pixel.to(tl.int64) * (4 * M)
-                i_summary = (i_sequence // n_segments * 4 + i_direction) * n_segments + i_sequence % n_segments
-                dinput = tl.zeros((T, Q, C), tl.float32)
-                ddecay = tl.zeros((T, Q, C), tl.float32)
-                for n in range(N):
-                    rate = load_rate(p_rate, i_channel, i_direction, n, D, N, Q, V)
-                    entering = tl.zeros((Q, C), tl.float32)
-                    flow = tl.zeros((Q, C), tl.float32)
-                    if n_segments > 1:
-                        entering = load_rows(p_entering, i_summary * N + n, i_channel, D, Q, V)
-                        flow = load_rows(p_flow_entering, i_summary * N + n, i_channel, D, Q, V)
-                    b_B = tl.load(p_token + n).to(tl.float32)
-                    b_C = tl.load(p_token + N + n).to(tl.float32)
-                    decay = tl.exp2(v * -rate[None, :, :])
-                    total = tl.exp2(steps * -rate)
-                    value = u * v * (b_B * LN_2)[:, :, None]
-                    entering = enter_groups(total, end_state(decay, value, d == 1), entering, d == 1)
-                    states, inflow = scan_states(decay, value, entering, d == 1)
-                    dC = tl.sum(states * dy, axis=2)
-                    value = dy * b_C[:, :, None]
-                    flow = enter_groups(total, end_flow(decay, value, d == 1), flow, d == 0)
-                    grad = scan_adjoint(decay, value, flow, d == 1)
-                    dB = tl.sum(grad * (u * v), axis=2) * LN_2
-                    dinput += grad * b_B[:, :, None]
-                    inflow *= grad
-                    ddecay += inflow * rate[None, :, :]
-                    drate_now = tl.sum(inflow * v, axis=0)
-                    if N == 1:
-                        drate += drate_now
-                    else:  # one segment per program
-                        sums = tl.sum(drate_now * rate, axis=0) * -LN_2
-                        tl.store(p_parameter + (R + 2 + n) * D, sums, mask=m_channel)
-                    tl.store(p_dtoken + n, dB, mask=m_token)
-                    tl.store(p_dtoken + N + n, dC, mask=m_token)
-                dx = load_tile(p_sum, o_pixel, m_token & (path + d > 0), i_channel, D, D, V)
-                dx += (v * LN_2) * dinput
-                if d == 0:
-                    dskip += tl.sum(u * dy, axis=0)
-                    dx += skip.to(tl.float32)[None, :, :] * dy
-                if path + d == 2:
-                    store_tile(p_dx, dx, o_pixel, m_token, i_channel, D, D, V)
-                else:
-                    store_tile(p_sum, dx, o_pixel, m_token, i_channel, D, D, V)
-                # The derivative of softplus is its input over its output, both as exponents: nothing cancels.
-                draw = (u * dinput - ddecay) * tl.exp2(raw - v)
-                dbias += tl.sum(draw, axis=0)
-                draw = as_factor(draw, OPERAND, PRECISION)
-                dlow_rank = dlow_rank_of(draw, weight_back, WIDTH, PRECISION)
-                store_low_rank(p_dprojected + i_slot * M, dlow_rank, o_pixel, m_token, 4 * M, R)
-                # Read again, from the cache, as keeping them would take registers.
-                low_rank = load_low_rank(p_projected, o_pixel, i_slot, K, R, BLOCK_R)
-                low_rank = tl.trans(as_factor(tl.reshape(low_rank, (T * Q, BLOCK_R)), OPERAND, PRECISION))
-                dweight = tl.dot(low_rank, tl.reshape(draw, (T * Q, C)), dweight, input_precision=PRECISION)
-            tl.store(p_parameter[None, :] + o_rank[:, None] * D, dweight, mask=m_rank)
-            tl.store(p_parameter + R * D, tl.sum(dbias, axis=0), mask=m_channel)
+    dskip = tl.zeros((Q, C), tl.float32)
+    skip = load_skip(p_skip, i_channel, D, Q, V)
+    for i_slot in range(first, first + count):
+        i_direction = i_slot // 2 + i_slot % 2 * 2
+        is_column, is_reverse = i_slot >= 2, i_slot % 2 == 1
+        i_place = tl.where(count == 4, i_direction, i_slot)  # what a launch writes lies side by side
+        weight, bias = step_weights(p_dt_weight, p_dt_bias, i_channel, i_direction, D, R, BLOCK_R, V, PRECISION)
+        weight_back = step_weights_back(p_dt_weight, i_channel, i_direction, D, R, BLOCK_R, V, WIDTH, PRECISION)
+        rate = load_rate(p_rate, i_channel, i_direction, 0, D, N, Q, V)
+        p_flow_first = p_flow + i_segment * (N * D) + o_half
+        i_sequence = (i_first_image * 4 + i_direction).to(tl.int64)
+        start = tl.load(p_flow_first + i_sequence * n_segments * (N * D), mask=m_half & (n_segments > 1), other=0.0)
+        flow = start
+        dweight = tl.zeros((BLOCK_R, C), tl.float32)
+        dbias = tl.zeros((Q, C), tl.float32)
+        drate = tl.zeros((Q, C), tl.float32)
+        p_parameter = p_dparameters + i_direction * ((R + 2 + N) * D) + o_channel
+        tl.debug_barrier()  # the sum so far may be read by other threads of this program than wrote it
+        for i in range(n_steps):
+            i_image, i_step = divided(i, inverse, n_now)
+            i_image += i_first_image
+            i_sequence = (i_image * 4 + i_direction).to(tl.int64)
+            p_flow_now = p_flow_first + i_sequence * n_segments * (N * D)
+            i_tile = i_first + tl.where(is_reverse, i_step, n_now - 1 - i_step)
+            o_pixel, m_token = tile_tokens(i_image, i_tile, is_column, is_reverse, height, width, T, Q)
+            low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
+            u = load_tile(p_x, o_pixel, m_token, i_channel, stride_pixel, D, V).to(tl.float32)
+            dy = load_tile(p_dy, o_pixel, m_token, i_channel, stride_dy_pixel, D, V).to(tl.float32)
+            raw = raw_steps(low_rank, weight, bias, WIDTH, PRECISION)
+            v = softplus_log2(raw, PRECISE)
+            p_dtoken = p_dprojected + i_place * M + R + o_pixel.to(tl.int64)[:, :, None] * (4 * M)
+            p_dtoken = tl.broadcast_to(p_dtoken, (T, Q, 4))
             if N == 1:
-                rate = load_rate(p_rate, i_channel, i_direction, 0, D, N, Q, V)
-                tl.store(p_parameter + (R + 2) * D, tl.sum(drate * rate, axis=0) * -LN_2, mask=m_channel)
-        # Every direction sees the same tokens, so the gradient of its skip is the same, too.
-        for d in tl.static_range(2):
-            p_dskip = p_dparameters + ((path + 2 * d) * (R + 2 + N) + R + 1) * D
-            tl.store(p_dskip + o_channel, tl.sum(dskip, axis=0), mask=m_channel)
+                flow = tl.where(i_step == 0, start, flow)
+                b_B, b_C = only_weights(p_projected, low_rank, o_pixel, i_direction, K, R, V, WIDTH, PRECISION)
+            p_entering_now = p_entering + (i_sequence * n_tiles + i_tile) * (N * D) + o_half
+            dinput = tl.zeros((T, Q, C), tl.float32)
+            ddecay = tl.zeros((T, Q, C), tl.float32)
+            dB, dC = tl.zeros((T, Q, 4), tl.float32), tl.zeros((T, Q, 4), tl.float32)
+            m_lane = m_token[:, :, None] & (tl.arange(0, 4) == 0)[None, None, :]
+            entering = tl.load(p_entering_now, mask=m_half, other=0.0)
+            if N > 1:  # one state after the other, what it needs loaded one ahead
+                p_token = p_projected + (i_direction * K + R) + o_pixel.to(tl.int64) * (4 * K)
+                is_known = (n_segments > 1) | (i_step > 0)
+                flow, rate, B_now, C_now = load_state(
+                    p_flow_now, p_rate, p_token, i_channel, i_direction, is_known, 0, D, N, Q, V
+                )
+            for n in tl.range(N, loop_unroll_factor=UNROLL if N > 1 else 1):
+                if N > 1:
+                    m = tl.minimum(n + 1, N - 1)
+                    ahead, rate_ahead, B_ahead, C_ahead = load_state(
+                        p_flow_now, p_rate, p_token, i_channel, i_direction, is_known, m, D, N, Q, V
+                    )
+                    entering_ahead = tl.load(p_entering_now + m * D, mask=m_half, other=0.0)
+                    b_B, b_C = B_now.to(tl.float32)[:, :, None], C_now.to(tl.float32)[:, :, None]
+                decay = tl.exp2(v * -rate[None, :, :])
+                total = as_chains(product(decay))
+                value = u * v * (b_B * LN_2)
+                groups, _leaving = enter_groups(total, end_state(decay, value), entering, False)
+                before, states = scan_states(decay, value, groups)
+                terms_C = states * dy
+                value = dy * b_C
+                groups, flow = enter_groups(total, end_flow(decay, value), flow, True)
+                grad, flows = scan_adjoint(decay, value, groups)
+                dB, dC = channel_sums(grad * (u * v), terms_C, OPERAND, PRECISION)
+                dinput += grad * b_B
+                flows *= before
+                ddecay += flows * rate[None, :, :]
+                drate_now = tl.sum(flows * v, axis=0)
+                if N == 1:
+                    drate += drate_now
+                else:
+                    tl.store(p_flow_now + n * D, flow, mask=m_half)
+                    p_drate = p_parameter + (R + 2 + n) * D
+                    sums = tl.sum(drate_now * rate, axis=0) * -LN_2
+                    sums += tl.load(p_drate, mask=m_channel & (i > 0), other=0.0)
+                    tl.store(p_drate, sums, mask=m_channel)
+                if not IN_ROWS:
+                    tl.store(p_dtoken + n, dB * LN_2, mask=m_lane)
+                    tl.store(p_dtoken + N + n, dC, mask=m_lane)
+                if N > 1:
+                    entering, flow, rate, B_now, C_now = entering_ahead, ahead, rate_ahead, B_ahead, C_ahead
+            # Loaded again, from the cache, as keeping them would take registers.
+            low_rank = load_low_rank(p_projected, o_pixel, i_direction, K, R, BLOCK_R)
+            if i_slot == 0:
+                dx = skip[None, :, :] * dy
+                dskip += tl.sum(u * dy, axis=0)
+            else:
+                dx = load_tile(p_dx, o_pixel, m_token, i_channel, D, D, V).to(tl.float32)
+            # The derivative of softplus is its input over its output, both as exponents: nothing cancels.
+            draw = (u * dinput - ddecay) * tl.exp2(raw - v)
+            dbias += tl.sum(draw, axis=0)
+            draw = as_factor(draw, OPERAND, PRECISION)
+            dlow_rank = dlow_rank_of(draw, weight_back, WIDTH, PRECISION)
+            if IN_ROWS:
+                o_column = tl.reshape(tl.arange(0, BLOCK_R), (1, 1, 4, BLOCK_R // 4))
+                dlow_rank = tl.reshape(dlow_rank, (T, Q, 4, BLOCK_R // 4))
+                dlow_rank = tl.where(o_column == R, (dB * LN_2)[:, :, :, None], dlow_rank)
+                dlow_rank = tl.where(o_column == R + 1, dC[:, :, :, None], dlow_rank)
+                dlow_rank = tl.reshape(dlow_rank, (T, Q, BLOCK_R))
+            low_rank = tl.trans(as_factor(tl.reshape(low_rank, (T * Q, BLOCK_R)), OPERAND, PRECISION))
+            dweight = tl.dot(low_rank, tl.reshape(draw, (T * Q, C)), dweight, input_precision=PRECISION)
+            dx += (v * LN_2) * dinput
+            store_low_rank(p_dprojected + i_place * M, dlow_rank, o_pixel, m_token, 4 * M, M if IN_ROWS else R)
+            store_tile(p_dx, dx, o_pixel, m_token, i_channel, D, D, V)
+        tl.store(p_parameter[None, :] + o_rank[:, None] * D, dweight, mask=m_rank)
+        tl.store(p_parameter + R * D, tl.sum(dbias, axis=0), mask=m_channel)
+        if N == 1:
+            tl.store(p_parameter + (R + 2) * D, tl.sum(drate * rate, axis=0) * -LN_2, mask=m_channel)
+        if i_slot == 0:
+            tl.store(p_parameter + (R + 1) * D, tl.sum(dskip, axis=0), mask=m_channel)
 
 
-@triton.jit(do_not_specialize=["n_elements"])
-def selective_scan_2d_join_kernel(p_partial, p_sum, n_elements, N_BLOCKS: tl.constexpr, C: tl.constexpr):
-    """Sum of (N_BLOCKS, n_elements) over the first axis."""
-    o_element = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
-    m_element = o_element < n_elements
-    total = tl.zeros((C,), tl.float32)
-    for i in range(N_BLOCKS):
-        total += tl.load(p_partial + i * n_elements.to(tl.int64) + o_element, mask=m_element, other=0.0)
-    tl.store(p_sum + o_element, total, mask=m_element)
-
-
-@triton.jit(do_not_specialize=["n_groups"])
+@triton.jit(do_not_specialize=["n_elements", "n_groups"])
 def selective_scan_2d_sum_kernel(
-    p_partial,
+    p_dparameters,
+    p_dprojected_blocks,
     p_dt_weight,
     p_dt_bias,
     p_A_log,
     p_skip,
+    p_dprojected,
     n_groups,
+    n_elements,
     D: tl.constexpr,
     R: tl.constexpr,
     N: tl.constexpr,
     G: tl.constexpr,
     C: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Sums of partial gradients (programs, 4, R + 2 + N, D) of the parameters, to the tensors of the parameters."""
+    """What programs left apart: gradients of parameters in the first programs, of projections in the others.
+
+    The partial gradients (groups, 4, R + 2 + N, D) of the parameters go to the tensors of the parameters, those
+    of the projections (channel blocks, ``n_elements``) are added over the channel blocks.
+    """
     ROWS: tl.constexpr = R + 2 + N
-    i_direction = tl.program_id(0) // ROWS
-    i_row = tl.program_id(0) % ROWS
-    o_channel = tl.program_id(1) * C + tl.arange(0, C)
-    m_channel = o_channel < D
-    i_group = tl.arange(0, G)
-    p_partial += tl.program_id(0) * D + o_channel[None, :]
-    total = tl.zeros((G, C), tl.float32)
-    for i_first in range(0, n_groups, G):
-        i_now = (i_first + i_group).to(tl.int64)[:, None]
-        mask = (i_now < n_groups) & m_channel[None, :]
-        total += tl.load(p_partial + i_now * (4 * ROWS * D), mask=mask, other=0.0)
-    sums = tl.sum(total, axis=0)
-    o_parameter = i_direction * D + o_channel
-    tl.store(p_dt_weight + o_parameter * R + i_row, sums, mask=m_channel & (i_row < R))
-    tl.store(p_dt_bias + o_parameter, sums, mask=m_channel & (i_row == R))
-    tl.store(p_skip + o_parameter, sums, mask=m_channel & (i_row == R + 1))
-    tl.store(p_A_log + o_parameter * N + (i_row - R - 2), sums, mask=m_channel & (i_row >= R + 2))
+    N_BLOCKS: tl.constexpr = (D + C - 1) // C
+    i_program = tl.program_id(0)
+    if i_program < 4 * ROWS * N_BLOCKS:
+        i_direction = i_program // N_BLOCKS // ROWS
+        i_row = i_program // N_BLOCKS % ROWS
+        # Every direction sees the same tokens, so the gradient of its skip is the same, too.
+        i_source = tl.where(i_row == R + 1, 0, i_direction) * ROWS + i_row
+        o_channel = i_program % N_BLOCKS * C + tl.arange(0, C)
+        m_channel = o_channel < D
+        i_group = tl.arange(0, G)
+        p_rows = p_dparameters + i_source * D + o_channel[None, :]
+        partial = tl.zeros((G, C), tl.float32)
+        for i_first in range(0, n_groups, G):
+            i_now = (i_first + i_group).to(tl.int64)[:, None]
+            mask = (i_now < n_groups) & m_channel[None, :]
+            partial += tl.load(p_rows + i_now * (4 * ROWS * D), mask=mask, other=0.0)
+        sums = tl.sum(partial, axis=0)
+        o_parameter = i_direction * D + o_channel
+        tl.store(p_dt_weight + o_parameter * R + i_row, sums, mask=m_channel & (i_row < R))
+        tl.store(p_dt_bias + o_parameter, sums, mask=m_channel & (i_row == R))
+        tl.store(p_skip + o_parameter, sums, mask=m_channel & (i_row == R + 1))
+        tl.store(p_A_log + o_parameter * N + (i_row - R - 2), sums, mask=m_channel & (i_row >= R + 2))
+    else:
+        o_element = (i_program - 4 * ROWS * N_BLOCKS).to(tl.int64) * E + tl.arange(0, E)
+        m_element = o_element < n_elements
+        total = tl.zeros((E,), tl.float32)
+        for i in range((D + BLOCK - 1) // BLOCK):
+            total += tl.load(p_dprojected_blocks + i * n_elements.to(tl.int64) + o_element, mask=m_element, other=0.0)
+        tl.store(p_dprojected + o_element, total, mask=m_element)
 
 
 def selective_scan_2d_backward(
@@ -234,6 +296,7 @@ def selective_scan_2d_backward(
     ``entering`` is what the forward pass returned beside its result.
     """
     launch = Launch(x, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, backward=True)
+    groups = launch.groups
     dy = pixel_uniform(dy)
     batch, channels, rank, state = launch.batch, launch.channels, launch.rank, launch.state
     flows = launch.entering_states(dy, adjoint=True)
@@ -242,33 +305,47 @@ def selective_scan_2d_backward(
         return x.new_empty(*shape, dtype=dtype)
 
     dx = buffer(batch, launch.height, launch.width, channels, dtype=x.dtype)
-    total = dx if x.dtype == torch.float32 else torch.empty_like(dx, dtype=torch.float32)
-    dprojected = buffer(launch.blocks, len(launch.flat), 4 * (rank + 2 * state), dtype=x.dtype)
-    dparameters = buffer(launch.groups, 4, rank + 2 + state, channels)
+    # Rows are as wide as those of the projections if the kernel fills them, and can then be stored in vectors.
+    width = launch.padded if launch.one_tile else rank + 2 * state
+    dprojected = buffer(launch.blocks, len(launch.flat), 4 * width, dtype=x.dtype)
+    dparameters = buffer(groups, 4, rank + 2 + state, channels)
     tensors = (launch.x, dy, launch.projected, *launch.parameters, entering, flows)
-    outputs = (total, dx, dprojected, dparameters)
-    for first, count in launch.paths:
+    outputs = (dx, dprojected, dparameters)
+    for first, count in launch.parts:
         selective_scan_2d_bwd_kernel[launch.grid](
             *tensors,
             *outputs,
-            *launch.sizes,
+            *launch.walk,
             first,
             count,
             pixel_stride(launch.x),
             pixel_stride(dy),
+            M=width,
             **launch.constants,
         )
-    partial, dprojected = dprojected, dprojected[0]
-    if launch.blocks > 1:
-        dprojected = torch.empty_like(dprojected)
-        grid, n = (triton.cdiv(dprojected.numel(), 2048),), dprojected.numel()
-        selective_scan_2d_join_kernel[grid](partial, dprojected, n, launch.blocks, C=2048, num_warps=8)
-    dx.flatten(0, 2).addmm_(dprojected, launch.x_proj.flatten(0, 1))
-    dx_weight = in_pairs((dprojected.T @ launch.flat).view(x_proj_weight.shape))
+    partial, dprojected = dprojected, torch.empty_like(dprojected[0])
     parameters = (dt_proj_weight, dt_proj_bias, A_log, D)
     gradients = tuple(torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters)
-    grid = (4 * (rank + 2 + state), triton.cdiv(channels, 32))
-    selective_scan_2d_sum_kernel[grid](
-        dparameters, *gradients, launch.groups, channels, rank, state, G=128, C=32, num_warps=4
+    columns, elements = 32, 2048
+    programs = 4 * (rank + 2 + state) * triton.cdiv(channels, columns) + triton.cdiv(dprojected.numel(), elements)
+    selective_scan_2d_sum_kernel[(programs,)](
+        dparameters,
+        partial,
+        *gradients,
+        dprojected,
+        groups,
+        dprojected.numel(),
+        channels,
+        rank,
+        state,
+        G=128,
+        C=columns,
+        E=elements,
+        BLOCK=launch.block,
+        num_warps=8,
     )
-    return dx.permute(0, 3, 1, 2), dx_weight.to(x_proj_weight.dtype), *gradients
+    x_proj = launch.x_proj[:, :width]
+    dx.flatten(0, 2).addmm_(dprojected, (x_proj if launch.segments == 1 else in_pairs(x_proj)).flatten(0, 1))
+    dx_weight = (dprojected.T @ launch.flat).view(4, width, channels)[:, : rank + 2 * state]
+    dx_weight = dx_weight if launch.segments == 1 else in_pairs(dx_weight)
+    return dx.permute(0, 3, 1, 2), dx_weight.to(x_proj_weight.dtype).contiguous(), *gradients

@@ -9,16 +9,19 @@ from .triton_states import selective_scan_2d_carry_kernel, selective_scan_2d_sta
 
 # Channels of a lane: the more, the less work per token is repeated; the fewer, the fewer registers.
 _LANE_CHANNELS = 4
-# A program takes segments one after the other, which shares the cost of loading weights, as long as enough programs are
-# left; few, so that what both directions of a path read stays in the cache.
-_MAX_LOOPS, _ENOUGH_PROGRAMS = 4, 132 * 32
+# A program walks through a segment of a sequence, tile by tile. Whole sequences need no states at borders, but have to
+# be enough programs; then they take several images. Otherwise segments have at most so many tiles: few, so that what
+# both directions of rows or columns read stays in the cache.
+_ENOUGH_PROGRAMS, _MANY_PROGRAMS, _MAX_WALK = 132 * 8, 132 * 16, 4
+# States that are scanned together if there are several.
+_UNROLL = 2
 
 
-def _register_limit(state: int, backward: bool) -> dict[str, int]:
-    """Registers of a thread; only NVIDIA's compiler takes a limit. One state: spills cost more than warps bring."""
+def _register_limit(block_rank: int, state: int, backward: bool) -> dict[str, int]:
+    """Registers of a thread; only NVIDIA's compiler takes a limit. Spills cost more than warps bring."""
     if torch.version.hip:
         return {}
-    return {"maxnreg": 255 if backward and state == 1 else 168}
+    return {"maxnreg": 255 if backward else 128 if block_rank == 16 and state == 1 else 168}
 
 
 def pixel_uniform(x: Tensor) -> Tensor:
@@ -40,7 +43,7 @@ def pixel_stride(x: Tensor) -> int:
 
 
 def in_pairs(directions: Tensor) -> Tensor:
-    """(4, ...) with the directions of a path side by side, 0, 2, 1, 3, as kernels read them; or put back from there."""
+    """(4, ...) in the order 0, 2, 1, 3, or put back from there."""
     return directions.unflatten(0, (2, 2)).transpose(0, 1).flatten(0, 1)
 
 
@@ -64,23 +67,33 @@ class Launch:
         # One matrix product makes the projections of all directions at every pixel: (B, L, 4, R + 2N), padded so that
         # every direction's can be read in vectors.
         width = self.rank + 2 * self.state
-        padded = triton.cdiv(width, 8) * 8
-        self.x_proj = in_pairs(x_proj_weight.to(x.dtype))
-        weight = torch.nn.functional.pad(self.x_proj, (0, 0, 0, padded - width)) if padded > width else self.x_proj
-        self.projected = self.flat @ weight.flatten(0, 1).T
+        self.padded = padded = triton.cdiv(width, 8) * 8
+        block_rank = max(16, triton.next_power_of_2(self.rank))
+        self.one_tile = self.state == 1 and width <= block_rank  # B and C fit behind the low-rank step sizes
+        self.x_proj = x_proj_weight.to(x.dtype)
+        if padded > width:  # by copies of any row: what is made of them is multiplied with zeros
+            more = self.x_proj[:, :1].expand(-1, padded - width, -1)
+            self.x_proj = torch.cat((self.x_proj, more), 1)
+        self.projected = self.flat @ self.x_proj.flatten(0, 1).T
         if self.state > 1:  # a single state's rate is made from its logarithm inside the kernels
             A_log = A_log.float().exp().view(4, self.channels, self.state).transpose(1, 2)
         self.parameters = tuple(t.contiguous() for t in (dt_proj_weight.to(x.dtype), dt_proj_bias, A_log, D))
 
-        self.blocks = triton.cdiv(self.channels, 4 * _LANE_CHANNELS)
-        self.segments = segments.count_segments(self.height, self.width)
-        sequences = self.batch * self.segments
-        loops = 1 if self.state > 1 else max(1, min(_MAX_LOOPS, sequences * self.blocks // _ENOUGH_PROGRAMS))
-        self.groups = triton.cdiv(sequences, loops)
+        self.block = 4 * _LANE_CHANNELS
+        self.blocks = triton.cdiv(self.channels, self.block)
+        self.tiles = segments.count_tiles(self.height, self.width)
+        walk = self.tiles
+        if self.batch * self.blocks < _ENOUGH_PROGRAMS:
+            walk = min(_MAX_WALK, triton.cdiv(self.batch * self.blocks * self.tiles, _ENOUGH_PROGRAMS))
+        self.segments = triton.cdiv(self.tiles, walk)
+        self.sizes = (self.height, self.width, self.tiles, walk)
+        # Programs of whole sequences take several images, which share the cost of loading weights.
+        self.images = max(1, self.batch * self.blocks // _MANY_PROGRAMS) if self.segments == 1 else 1
+        self.groups = triton.cdiv(self.batch, self.images) * self.segments
         self.grid = (self.blocks * self.groups,)
-        self.sizes = (self.batch, self.height, self.width, self.segments, loops)
+        self.walk = (self.batch, *self.sizes, self.images)
         # Programs of one launch may not meet in a pixel: with several segments, rows and columns are two launches.
-        self.paths = ((0, 2),) if self.segments == 1 else ((0, 1), (1, 1))
+        self.parts = ((0, 4),) if self.segments == 1 else ((0, 2), (2, 2))
         self.constants = dict(
             D=self.channels,
             R=self.rank,
@@ -89,12 +102,13 @@ class Launch:
             T=segments.LANE_TOKENS,
             Q=segments.GROUPS,
             V=_LANE_CHANNELS,
-            BLOCK_R=max(16, triton.next_power_of_2(self.rank)),
+            BLOCK_R=block_rank,
             PRECISE=x.dtype == torch.float32,
             PRECISION=_precision(x.dtype),
+            UNROLL=_UNROLL,
             num_warps=1,
             num_stages=1,
-            **_register_limit(self.state, backward),
+            **_register_limit(block_rank, self.state, backward),
         )
 
     def entering_states(self, rows: Tensor, adjoint: bool) -> Tensor:
@@ -106,14 +120,13 @@ class Launch:
         entering = rows.new_empty(shape, dtype=torch.float32)
         if self.segments == 1:
             return entering
-        states = torch.empty_like(entering)
-        steps = rows.new_empty(self.batch, 4, self.segments, self.channels, dtype=torch.float32)
-        selective_scan_2d_states_kernel[(2 * self.grid[0],)](
+        states, decays = torch.empty_like(entering), torch.empty_like(entering)
+        selective_scan_2d_states_kernel[(4 * self.grid[0],)](
             rows,
             self.projected,
             *self.parameters[:3],
             states,
-            steps,
+            decays,
             *self.sizes,
             pixel_stride(rows),
             ADJOINT=adjoint,
@@ -124,6 +137,6 @@ class Launch:
         grid = (self.batch * 4 * self.state * triton.cdiv(self.channels, block),)
         sizes = (self.segments, triton.cdiv(self.segments, parts), self.channels, self.state, adjoint)
         selective_scan_2d_carry_kernel[grid](
-            states, steps, entering, self.parameters[2], *sizes, P=parts, S=8, C=block, num_warps=max(1, parts // 8)
+            states, decays, entering, *sizes, P=parts, S=8, C=block, num_warps=max(1, parts // 8)
         )
         return entering

@@ -1,10 +1,9 @@
-"""What the kernels of the four-direction scan share: where tokens lie, the inputs of a tile, scans inside it.
+"""What the kernels of the four-direction scan share: where tokens lie, the inputs and products of a tile.
 
-A warp takes a segment at a time: Q = 8 groups of 4 lanes have T consecutive tokens each, for C = 4 V channels. A lane
-owns V channels, 4 neighbours of every 16, and keeps its T tokens in registers, so that a scan over them is a chain of
-multiply-adds, and what is loaded per token (address, B, C) serves V channels. What goes from group to group takes three
-rounds of shuffles (:func:`scan_groups`). A segment is scanned without a loop, so both directions of a path, rows
-(directions 0 and 2) or columns (1 and 3), can be scanned from one load of its inputs.
+A warp takes a tile at a time: Q = 8 groups of 4 lanes have T consecutive tokens each, in the order of the scan, for
+C = 4 V channels. A lane owns V channels, 4 neighbours of every 16, and keeps its T tokens in registers, so that a scan
+over them is a chain of multiply-adds (``triton_chains.py``), and what is loaded per token (address, low-rank step
+sizes) serves V channels.
 
 This is also how matrix instructions hand out a result with one row per token: rows to 8 groups of lanes, pairs of
 columns to the 4 lanes of a group. The columns of a product may have any order, so they are ordered such that a lane
@@ -20,6 +19,8 @@ projections is float32.
 import triton
 import triton.language as tl
 
+from .triton_chains import half_offsets
+
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -31,7 +32,7 @@ def softplus_log2(x, PRECISE: tl.constexpr):
     log2(1 + e) / e on [0, 1] is a polynomial of degree 7 (relative error 3e-7) or, for 16-bit inputs, 4 (6e-5). It
     keeps small step sizes accurate and needs no logarithm from the special-function unit.
     """
-    e = tl.exp2(-tl.abs(x))
+    e = tl.exp2(tl.abs(x) * -1.0)  # a sign, where a difference from zero would be an instruction
     if PRECISE:
         series = 0.0625709101 - e * 0.0120270237
         series = -0.153903683 + e * series
@@ -49,26 +50,36 @@ def softplus_log2(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def segment_tokens(i_sequence, n_segments, is_column, height, width, T: tl.constexpr, Q: tl.constexpr):
-    """Pixels and mask (T, Q) of the tokens of a segment: T consecutive ones in each of Q groups of lanes.
+def divided(i, inverse, n):
+    """i // n and the rest, from ``inverse = 0xFFFFFFFF // n``: rounded down, then mended."""
+    quotient = tl.umulhi(tl.cast(i, tl.uint32), inverse).to(tl.int32)
+    quotient += ((quotient + 1) * n <= i).to(tl.int32)
+    return quotient, i - quotient * n
 
-    ``i_sequence`` counts segments of all images. A masked token has some pixel of its image.
+
+@triton.jit
+def tile_tokens(i_image, i_tile, is_column, is_reverse, height, width, T: tl.constexpr, Q: tl.constexpr):
+    """Pixels and mask (T, Q) of the tokens of a tile in the order of its scan: T consecutive ones in each of Q groups.
+
+    Tiles are counted from the first pixel on in all directions. A masked token has some pixel of its image.
     """
     length = height * width
-    i_image = i_sequence // n_segments
     # A map of one row has the same order along its columns.
     is_turned = is_column & (height > 1)
-    n_inner = tl.where(is_turned, height, length)
-    stride_inner = tl.where(is_turned, width, 1)
-    i_first = (i_sequence - i_image * n_segments) * (T * Q) + tl.arange(0, Q) * T
-    i_token = tl.arange(0, T)[:, None]
-    m_token = i_first[None, :] + i_token < length
-    i_outer = i_first // n_inner
-    i_inner = (i_first - i_outer * n_inner)[None, :] + i_token
-    # Divided by multiplication: exact, because the numbers are small, and in few instructions.
-    inverse = tl.full((), 0xFFFFFFFF, tl.uint32) // n_inner.to(tl.uint32) + 1
+    # Divided by multiplication; for the tokens of the tile with the inverse rounded up, exact as the numbers are small.
+    inverse = tl.full((), 0xFFFFFFFF, tl.uint32) // height.to(tl.uint32)
+    i_start = i_tile * (T * Q)
+    i_outer, _rest = divided(i_start, inverse, height)
+    i_outer = tl.where(is_turned, i_outer, 0)
+    inverse = tl.where(is_turned, inverse + 1, 0)
+    o_group, o_token = tl.arange(0, Q), tl.arange(0, T)
+    o_group = tl.where(is_reverse, Q - 1 - o_group, o_group)
+    o_token = tl.where(is_reverse, T - 1 - o_token, o_token)
+    o_inside = o_group[None, :] * T + o_token[:, None]
+    m_token = i_start + o_inside < length
+    i_inner = i_start - i_outer * height + o_inside
     wraps = tl.umulhi(i_inner.to(tl.uint32), tl.zeros((T, Q), tl.uint32) + inverse).to(tl.int32)
-    o_pixel = (i_inner - wraps * n_inner) * stride_inner + (i_outer[None, :] + wraps)
+    o_pixel = (i_inner - wraps * height) * tl.where(is_turned, width, 1) + (i_outer + wraps)
     return i_image * length + tl.where(m_token, o_pixel, 0), m_token
 
 
@@ -124,10 +135,12 @@ def load_rows(p_rows, i_row, i_first, D: tl.constexpr, Q: tl.constexpr, V: tl.co
 
 
 @triton.jit
-def store_row(p_rows, rows, m_group, i_row, i_first, D: tl.constexpr, V: tl.constexpr):
-    """Stores what the one group of ``m_group`` (Q) has in ``rows`` (Q, C)."""
-    Q: tl.constexpr = rows.shape[0]
-    store_tile(p_rows, rows[None, :, :], _same_row(i_row, Q), m_group[None, :], i_first, D, D, V)
+def load_skip(p_skip, i_first, D: tl.constexpr, Q: tl.constexpr, V: tl.constexpr):
+    """Sum (Q, C) of the skip weights of all directions, for every group."""
+    skip = load_rows(p_skip, 0, i_first, D, Q, V).to(tl.float32)
+    for i_direction in tl.static_range(1, 4):
+        skip += load_rows(p_skip, i_direction, i_first, D, Q, V).to(tl.float32)
+    return skip
 
 
 @triton.jit
@@ -139,16 +152,16 @@ def _rank_offsets(BLOCK_R: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def load_low_rank(p_projected, o_pixel, i_slot, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Low-rank step sizes of a tile, (T, Q, BLOCK_R); from R on they are other finite numbers or zero.
+def load_low_rank(p_projected, o_pixel, i_direction, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Low-rank step sizes of a tile, (T, Q, BLOCK_R), then the two numbers behind them, others that are finite or zero.
 
-    What they are multiplied with is zero there (:func:`step_weights`), so whole vectors are loaded. ``i_slot`` is where
-    the direction's projections lie among the four, padded to K: the two directions of a path are neighbours.
+    What they are multiplied with is zero there (:func:`step_weights`), so whole vectors are loaded. Every direction's
+    projections are padded to K.
     """
     W: tl.constexpr = 4 if BLOCK_R < 32 or p_projected.dtype.element_ty.primitive_bitwidth == 32 else 8
     o_lane = _rank_offsets(BLOCK_R, W)
-    pointers = _lane_pointers(p_projected + i_slot * K, o_pixel, o_lane, 4 * K)
-    mask = tl.broadcast_to(o_lane < (R + W - 1) // W * W, pointers.shape)
+    pointers = _lane_pointers(p_projected + i_direction * K, o_pixel, o_lane, 4 * K)
+    mask = tl.broadcast_to(o_lane < (R + W + 1) // W * W, pointers.shape)
     low_rank = tl.load(pointers, mask=mask, other=0.0)
     return tl.reshape(tl.permute(low_rank, (1, 2, 0, 3, 4)), (o_pixel.shape[0], o_pixel.shape[1], BLOCK_R))
 
@@ -246,24 +259,51 @@ def step_weights_back(
 
 
 @triton.jit
+def _channels_as_operand(tile, WIDTH: tl.constexpr):
+    """As :func:`as_operand`, but a lane owns 4 of every 16 columns."""
+    T: tl.constexpr = tile.shape[0]
+    Q: tl.constexpr = tile.shape[1]
+    C: tl.constexpr = tile.shape[2]
+    tile = tl.permute(tl.reshape(tile, (T, Q, C // 16, 4, 4 // WIDTH, WIDTH)), (0, 1, 2, 4, 3, 5))
+    return tl.reshape(tile, (T * Q, C))
+
+
+@triton.jit
 def dlow_rank_of(draw, weight, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of low-rank step sizes (T, Q, BLOCK_R) from those of the step sizes before softplus (T, Q, C)."""
     T: tl.constexpr = draw.shape[0]
     Q: tl.constexpr = draw.shape[1]
     BLOCK_R: tl.constexpr = weight.shape[1]
-    C: tl.constexpr = draw.shape[2]
-    # As in as_operand, but a lane owns 4 of every 16 columns.
-    draw = tl.permute(tl.reshape(draw, (T, Q, C // 16, 4, 4 // WIDTH, WIDTH)), (0, 1, 2, 4, 3, 5))
-    dlow = tl.dot(tl.reshape(draw, (T * Q, C)), weight, input_precision=PRECISION)
+    dlow = tl.dot(_channels_as_operand(draw, WIDTH), weight, input_precision=PRECISION)
     dlow = tl.permute(tl.reshape(dlow, (T, Q, BLOCK_R // 8, 4, 2)), (0, 1, 3, 2, 4))
     return tl.reshape(dlow, (T, Q, BLOCK_R))
+
+
+@triton.jit
+def channel_sums(tile_1, tile_2, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums of two tiles (T, Q, C) over their channels, which all 4 lanes get: both (T, Q, 4).
+
+    Products with ones instead of shuffles, so what is added is rounded to factors of the type ``DTYPE``.
+    """
+    T: tl.constexpr = tile_1.shape[0]
+    Q: tl.constexpr = tile_1.shape[1]
+    C: tl.constexpr = tile_1.shape[2]
+    WIDTH: tl.constexpr = 2 if DTYPE.primitive_bitwidth == 16 else 1
+    i_column = tl.zeros((C, 1), tl.int32) + (tl.arange(0, 8) % 2)[None, :]
+    tile_1 = _channels_as_operand(as_factor(tile_1, DTYPE, PRECISION), WIDTH)
+    tile_2 = _channels_as_operand(as_factor(tile_2, DTYPE, PRECISION), WIDTH)
+    sums = tl.dot(tile_1, (i_column == 0).to(DTYPE), input_precision=PRECISION)
+    sums = tl.dot(tile_2, (i_column == 1).to(DTYPE), sums, input_precision=PRECISION)
+    return tl.split(tl.reshape(sums, (T, Q, 4, 2)))
 
 
 @triton.jit
 def store_low_rank(p_first, dlow, o_row, m_token, STRIDE: tl.constexpr, R: tl.constexpr):
     """Stores (T, Q, BLOCK_R), of which R are kept, to rows ``STRIDE`` apart."""
     BLOCK_R: tl.constexpr = dlow.shape[2]
-    W: tl.constexpr = 4 if STRIDE % 4 == 0 and R % 4 == 0 else (2 if STRIDE % 2 == 0 and R % 2 == 0 else 1)
+    MOST: tl.constexpr = 8 if BLOCK_R >= 32 else 4
+    EVEN: tl.constexpr = 4 if STRIDE % 4 == 0 and R % 4 == 0 else (2 if STRIDE % 2 == 0 and R % 2 == 0 else 1)
+    W: tl.constexpr = MOST if STRIDE % 32 == 0 and R % 8 == 0 else EVEN
     o_lane = _rank_offsets(BLOCK_R, W)
     dlow = tl.reshape(dlow.to(p_first.dtype.element_ty), (dlow.shape[0], dlow.shape[1], 4, BLOCK_R // (4 * W), W))
     tl.store(
@@ -286,6 +326,26 @@ def load_rate(p_rate, i_first, i_direction, n, D: tl.constexpr, N: tl.constexpr,
 
 
 @triton.jit
+def load_state(
+    p_state,
+    p_rate,
+    p_token,
+    i_first,
+    i_direction,
+    is_known,
+    n,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    V: tl.constexpr,
+):
+    """Of state n: its value at the tile's border (2, C), zero unless known, its rates (Q, C), B and C (T, Q)."""
+    state = tl.load(p_state + n * D, mask=(half_offsets(i_first, 4 * V) < D) & is_known, other=0.0)
+    rate = load_rate(p_rate, i_first, i_direction, n, D, N, Q, V)
+    return state, rate, tl.load(p_token + n), tl.load(p_token + (N + n))
+
+
+@triton.jit
 def raw_steps(low_rank, weight, bias, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     """Step sizes before softplus, times log2(e), (T, Q, C)."""
     T: tl.constexpr = low_rank.shape[0]
@@ -298,112 +358,41 @@ def raw_steps(low_rank, weight, bias, WIDTH: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
-def chain(decay_1, state_1, decay_2, state_2):
-    return decay_1 * decay_2, decay_2 * state_1 + state_2
+def _for_channels(weight, V: tl.constexpr):
+    """A number per token, that all 4 lanes have, (T, Q, 4), for all channels (T, Q, C)."""
+    T: tl.constexpr = weight.shape[0]
+    Q: tl.constexpr = weight.shape[1]
+    weight = tl.broadcast_to(weight[:, :, None, :, None], (T, Q, V // 4, 4, 4))
+    return tl.reshape(weight, (T, Q, 4 * V))
 
 
 @triton.jit
-def _pick(wanted_1, value_1, wanted_2, value_2):
-    return wanted_1 | wanted_2, tl.where(wanted_1 != 0, value_1, value_2)
+def only_weights(
+    p_projected,
+    low_rank,
+    o_pixel,
+    i_direction,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    V: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """B and C (T, Q, C) of the only state, from the low-rank step sizes if they were loaded with these.
 
-
-@triton.jit
-def row(tile, TOKEN: tl.constexpr):
-    """Token ``TOKEN`` (Q, C) of a tile. It is in registers and the indices are known, so this costs nothing.
-
-    Scans are spelled out token by token, because ``tl.associative_scan`` has a layout of its own.
+    A product with ones and zeros hands them to the lanes that need them, as float32.
     """
-    wanted = (tl.arange(0, tile.shape[0]) == TOKEN).to(tl.int32)[:, None, None]
-    _, token = tl.reduce((tl.broadcast_to(wanted, tile.shape), tile), 0, _pick)
-    return token
-
-
-@triton.jit
-def set_row(tile, token, TOKEN: tl.constexpr):
-    return tl.where((tl.arange(0, tile.shape[0]) == TOKEN)[:, None, None], token[None, :, :], tile)
-
-
-@triton.jit
-def end_state(decay, value, REVERSE: tl.constexpr):
-    """State (Q, C) after the tokens of a lane, from a zero state."""
-    T: tl.constexpr = decay.shape[0]
-    state = row(value, T - 1 if REVERSE else 0)
-    for i in tl.static_range(1, T):
-        state = row(decay, T - 1 - i if REVERSE else i) * state + row(value, T - 1 - i if REVERSE else i)
-    return state
-
-
-@triton.jit
-def end_flow(decay, value, REVERSE: tl.constexpr):
-    """Adjoint flow (Q, C) that leaves the tokens of a lane if none enters: ``decay[t] (value[t] + flow)``."""
-    T: tl.constexpr = decay.shape[0]
-    flow = row(decay, 0 if REVERSE else T - 1) * row(value, 0 if REVERSE else T - 1)
-    for i in tl.static_range(1, T):
-        flow = row(decay, i if REVERSE else T - 1 - i) * (row(value, i if REVERSE else T - 1 - i) + flow)
-    return flow
-
-
-@triton.jit
-def _of_partner(rows, LEVEL: tl.constexpr):
-    """What the group that differs in bit ``LEVEL`` has in ``rows`` (Q, C): one shuffle, in whatever layout.
-
-    The sum without carry of both, less the own one; the compiler sees that nothing has to be added.
-    """
-    Q: tl.constexpr = rows.shape[0]
-    C: tl.constexpr = rows.shape[1]
-    bits = tl.reshape(rows.to(tl.int32, bitcast=True), (Q // 2 ** (LEVEL + 1), 2, 2**LEVEL, C))
-    bits = tl.xor_sum(bits, axis=1, keep_dims=True) ^ bits
-    return tl.reshape(bits, (Q, C)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def scan_groups(decay, state, REVERSE: tl.constexpr):
-    """From the decay and own end state (Q, C) of each group: both of all groups, and of all before each.
-
-    "Before" is in the order of the scan; the last group is the first one in a ``REVERSE`` scan.
-    """
-    Q: tl.constexpr = state.shape[0]
-    i_group = tl.arange(0, Q)[:, None]
-    i_order = Q - 1 - i_group if REVERSE else i_group
-    decay_before, state_before = tl.full(state.shape, 1.0, tl.float32), tl.zeros(state.shape, tl.float32)
-    for level in tl.static_range(3):
-        is_late = (i_order & 2**level) != 0
-        decay_partner, state_partner = _of_partner(decay, level), _of_partner(state, level)
-        state_before = tl.where(is_late, decay_before * state_partner + state_before, state_before)
-        decay_before = tl.where(is_late, decay_before * decay_partner, decay_before)
-        early = tl.where(is_late, state_partner, state)
-        state = tl.where(is_late, decay, decay_partner) * early + tl.where(is_late, state, state_partner)
-        decay *= decay_partner
-    return state, decay_before, state_before
-
-
-@triton.jit
-def enter_groups(decay, state, entering, REVERSE: tl.constexpr):
-    """States (Q, C) that enter the groups, from what enters the first."""
-    _, decay_before, state_before = scan_groups(decay, state, REVERSE)
-    return decay_before * entering + state_before
-
-
-@triton.jit
-def scan_states(decay, value, state, REVERSE: tl.constexpr):
-    """States (T, Q, C) and the part ``decay[t] state[t - 1]`` of each, without cancellation."""
-    T: tl.constexpr = decay.shape[0]
-    states, inflows = value, value
-    for i in tl.static_range(T):
-        inflow = row(decay, T - 1 - i if REVERSE else i) * state
-        state = inflow + row(value, T - 1 - i if REVERSE else i)
-        inflows = set_row(inflows, inflow, T - 1 - i if REVERSE else i)
-        states = set_row(states, state, T - 1 - i if REVERSE else i)
-    return states, inflows
-
-
-@triton.jit
-def scan_adjoint(decay, value, flow, REVERSE: tl.constexpr):
-    """Gradients ``G[t] = value[t] + decay[t + 1] G[t + 1]`` (T, Q, C) of the states; ``flow`` (Q, C) enters."""
-    grads = value
-    T: tl.constexpr = decay.shape[0]
-    for i in tl.static_range(T):
-        grad = row(value, i if REVERSE else T - 1 - i) + flow
-        flow = row(decay, i if REVERSE else T - 1 - i) * grad
-        grads = set_row(grads, grad, i if REVERSE else T - 1 - i)
-    return grads
+    T: tl.constexpr = low_rank.shape[0]
+    Q: tl.constexpr = low_rank.shape[1]
+    IS_LOADED: tl.constexpr = low_rank.shape[2] >= R + 2
+    first: tl.constexpr = R if IS_LOADED else 0
+    if not IS_LOADED:
+        low_rank = load_low_rank(p_projected + R, o_pixel, i_direction, K, 2, 16)
+    n: tl.constexpr = low_rank.shape[2]
+    o_row = tl.arange(0, n)
+    o_rank = o_row // WIDTH % 4 * (n // 4) + o_row // (4 * WIDTH) * WIDTH + o_row % WIDTH
+    ones = o_rank[:, None] == first + (tl.arange(0, 8) % 2)[None, :]
+    low_rank = as_factor(as_operand(low_rank, WIDTH), low_rank.dtype, PRECISION)
+    weights = tl.dot(low_rank, ones.to(low_rank.dtype), input_precision=PRECISION)
+    b_B, b_C = tl.split(tl.reshape(weights, (T, Q, 4, 2)))
+    return _for_channels(b_B, V), _for_channels(b_C, V)
