@@ -6,6 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ..grids import cdiv
+
 # Tokens of a block, a power of two of at least 16, in the forward and in the backward pass; of float32 and wide heads.
 _BLOCK, _BACKWARD_BLOCK, _SMALL_BLOCK = 64, 32, 32
 # A sequence of up to so many blocks needs no scan over blocks: each adds up what the others leave.
@@ -59,7 +61,7 @@ class Launch:
         self.block_keys, self.block_values = (max(16, triton.next_power_of_2(size)) for size in (keys, values))
         small = self.dtype == torch.float32 or self.block_keys > 32 or self.block_values > 64
         block = _SMALL_BLOCK if small else _BLOCK if upstream is None else _BACKWARD_BLOCK
-        self.blocks = triton.cdiv(length, block)
+        self.blocks = cdiv(length, block)
         self.scanned = self.blocks > _UNSCANNED
         self.sizes = (self.rows, heads, length, self.blocks)
         self.gate_factor = 1.0 if gate_normalizer is None else 1.0 / gate_normalizer

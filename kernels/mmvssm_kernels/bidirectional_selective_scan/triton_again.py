@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..grids import cdiv
 from ..selective_scan.triton_tile import detach_layout
 from ..triton_scan import sigmoid, softplus
 from .op import TILE
@@ -180,13 +181,13 @@ def scan_inputs(
     The slopes (K, B, channel blocks, padded L, block) lie in scan order too; the float32 gradient of the sum of both
     directions (B, channel blocks, padded L, block) in the order of tokens. Fills the gate's half of ``dxz``.
     """
-    sizes = (launch.batch, triton.cdiv(launch.channels, block), launch.padded, block)
+    sizes = (launch.batch, cdiv(launch.channels, block), launch.padded, block)
     dtype = launch.xz.dtype if launch.channels >= _NARROW_CHANNELS else projected.dtype
     inputs = launch.empty(launch.directions, *sizes[:3], 2, block, dtype=dtype)
     slope = launch.empty(launch.directions, *sizes, dtype=dtype)
     w = launch.empty(*sizes)
     members = [p[3:5] for p in launch.parameters]
-    grid = (triton.cdiv(sizes[1] * block, _CHANNELS), launch.tiles, launch.batch)
+    grid = (cdiv(sizes[1] * block, _CHANNELS), launch.tiles, launch.batch)
     bidirectional_selective_scan_bwd_kernel_again[grid](
         launch.xz,
         dout,

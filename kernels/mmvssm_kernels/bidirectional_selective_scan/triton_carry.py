@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..grids import cdiv
 from ..selective_scan.triton_tile import last_row, scan_rows
 from ..triton_scan import LOG2_E
 
@@ -68,7 +69,7 @@ def bidirectional_selective_scan_kernel_carry(
 def carry(launch, summary: Tensor, steps: Tensor) -> None:
     """Run :func:`bidirectional_selective_scan_kernel_carry`."""
     block = 32
-    grid = (triton.cdiv(launch.channels * launch.state, block), launch.directions * launch.batch)
+    grid = (cdiv(launch.channels * launch.state, block), launch.directions * launch.batch)
     rates = [p[5] for p in launch.parameters]
     segments = summary.shape[2]
     bidirectional_selective_scan_kernel_carry[grid](

@@ -4,6 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..grids import cdiv
 from .op import TILE, row_size
 from .parameters import split_parameters
 
@@ -20,7 +21,7 @@ def segment_tiles(tiles: int, programs: int, enough: int) -> int:
     Cut sequences are walked twice, so fewer than three segments do not pay.
     """
     wanted = min(_MAX_SEGMENTS, enough // programs if enough >= 3 * programs else 1)
-    return max(triton.cdiv(tiles, wanted), min(_MIN_TILES_PER_SEGMENT, tiles))
+    return max(cdiv(tiles, wanted), min(_MIN_TILES_PER_SEGMENT, tiles))
 
 
 def register_limit(count: int) -> dict:
@@ -47,7 +48,7 @@ class Launch:
         self.rows = self.rank + 2 * self.state
         self.row = row_size(forward)
         self.block_rows = max(16, triton.next_power_of_2(self.rows))
-        self.tiles = triton.cdiv(self.length, TILE)
+        self.tiles = cdiv(self.length, TILE)
         self.padded = self.tiles * TILE
         # Products whose operands are float32 whatever the inputs are, from three of tf32 where the GPU has them.
         self.precision = "ieee" if torch.version.hip else "tf32x3"
@@ -64,9 +65,9 @@ class Launch:
         groups = states // own_states
         state_lanes = min(groups, max(state_lanes, min(4, states // 16)))
         channel_lanes = 32 // state_lanes
-        blocks = triton.cdiv(self.channels, own_channels * channel_lanes)
+        blocks = cdiv(self.channels, own_channels * channel_lanes)
         n_tiles = segment_tiles(self.tiles, self.batch * blocks * directions, enough_programs)
-        segments = triton.cdiv(self.tiles, n_tiles)
+        segments = cdiv(self.tiles, n_tiles)
         constants = dict(
             N=self.state,
             T=TILE,

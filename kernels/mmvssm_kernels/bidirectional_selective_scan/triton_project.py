@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..grids import cdiv
 from ..triton_scan import softplus
 from .op import TILE
 from .triton_launch import register_limit
@@ -225,10 +226,10 @@ def project(launch, projected: Tensor | None, taps: Tensor, neighbours: int) -> 
     rows = launch.batch * launch.padded
     sizes = dict(N=launch.state, W=launch.width, S=states, BLOCK_R=block_r, BLOCK_P=block_p)
     block = 32
-    bidirectional_selective_scan_fwd_kernel_prepare[(triton.cdiv(launch.channels, block), launch.directions, 2)](
+    bidirectional_selective_scan_fwd_kernel_prepare[(cdiv(launch.channels, block), launch.directions, 2)](
         taps, operands, *prepared[0], *prepared[-1], launch.channels, launch.rank, BLOCK_C=block, num_warps=1, **sizes
     )
-    bidirectional_selective_scan_fwd_kernel_project[(triton.cdiv(rows, _TOKENS), launch.directions)](
+    bidirectional_selective_scan_fwd_kernel_project[(cdiv(rows, _TOKENS), launch.directions)](
         launch.xz,
         projected,
         weights,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..grids import cdiv
 from ..selective_scan.triton_tile import detach_layout
 from .triton_launch import register_limit
 from .triton_tile import block_channels, load_rows, load_vector, of_blocks, split_both_dot, split_dot
@@ -330,7 +331,7 @@ def sum_blocks(launch, dweights: Tensor, gradients: Tensor) -> Tensor:
     sizes = (1 if dtype == torch.float32 else 2, launch.directions, launch.batch, launch.padded, launch.row)
     dprojected = launch.empty(*sizes, dtype=dtype)
     rows = launch.batch * launch.padded
-    bidirectional_selective_scan_bwd_kernel_sum[(triton.cdiv(rows, _SUM_ROWS), launch.directions)](
+    bidirectional_selective_scan_bwd_kernel_sum[(cdiv(rows, _SUM_ROWS), launch.directions)](
         dprojected,
         dweights,
         gradients,
@@ -370,10 +371,10 @@ def project_backward(
     is_narrow = launch.xz.element_size() == 2
     block_tokens = _TOKENS if launch.block_rows <= 128 else 16  # rows of many states fill the shared memory
     block_channels = _CHANNELS if is_narrow else 32
-    segments = triton.cdiv(length, _PROJECT_TOKENS)
+    segments = cdiv(length, _PROJECT_TOKENS)
     dconv = launch.empty(directions, batch, length, channels, dtype=launch.xz.dtype)
     sums = launch.empty(batch * segments, directions, launch.rows + launch.rank + 2, channels)
-    grid = (triton.cdiv(channels, block_channels), segments, batch * directions)
+    grid = (cdiv(channels, block_channels), segments, batch * directions)
     bidirectional_selective_scan_bwd_kernel_project[grid](
         dprojected,
         projected,
@@ -388,7 +389,7 @@ def project_backward(
         channels,
         launch.rank,
         launch.padded,
-        triton.cdiv(min(length, _PROJECT_TOKENS), block_tokens),
+        cdiv(min(length, _PROJECT_TOKENS), block_tokens),
         N=launch.state,
         RANK=launch.row - 2 * launch.state,
         C=inputs.shape[-1],
@@ -402,10 +403,10 @@ def project_backward(
         num_stages=1,
         **(register_limit(_REGISTERS) if is_narrow and launch.block_rows <= 64 else {}),
     )
-    segments = triton.cdiv(length, _CONVOLVE_TOKENS)
+    segments = cdiv(length, _CONVOLVE_TOKENS)
     block_channels = min(_CONVOLVE_CHANNELS, max(32, triton.next_power_of_2(channels)))
     convolved = launch.empty(batch * segments, directions, launch.width, channels)
-    grid = (triton.cdiv(channels, block_channels), segments, batch)
+    grid = (cdiv(channels, block_channels), segments, batch)
     bidirectional_selective_scan_bwd_kernel_convolve[grid](
         launch.xz,
         dconv,
@@ -432,7 +433,7 @@ def finish(launch, scanned: Tensor, projected: Tensor, convolved: Tensor) -> Ten
     rows = scanned.shape[2] + projected.shape[2] + convolved.shape[2]
     gradient = launch.empty(launch.directions * rows * launch.channels)
     block_channels = _FINISH_CHANNELS
-    grid = (triton.cdiv(launch.channels, block_channels), rows, launch.directions)
+    grid = (cdiv(launch.channels, block_channels), rows, launch.directions)
     bidirectional_selective_scan_bwd_kernel_finish[grid](
         scanned,
         projected,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..grids import cdiv
 from .triton_chains import (
     as_chains,
     end_flow,
@@ -327,7 +328,7 @@ def selective_scan_2d_backward(
     parameters = (dt_proj_weight, dt_proj_bias, A_log, D)
     gradients = tuple(torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters)
     columns, elements = 32, 2048
-    programs = 4 * (rank + 2 + state) * triton.cdiv(channels, columns) + triton.cdiv(dprojected.numel(), elements)
+    programs = 4 * (rank + 2 + state) * cdiv(channels, columns) + cdiv(dprojected.numel(), elements)
     selective_scan_2d_sum_kernel[(programs,)](
         dparameters,
         partial,

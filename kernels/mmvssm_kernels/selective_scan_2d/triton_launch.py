@@ -4,6 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..grids import cdiv
 from . import segments
 from .triton_states import selective_scan_2d_carry_kernel, selective_scan_2d_states_kernel
 
@@ -67,7 +68,7 @@ class Launch:
         # One matrix product makes the projections of all directions at every pixel: (B, L, 4, R + 2N), padded so that
         # every direction's can be read in vectors.
         width = self.rank + 2 * self.state
-        self.padded = padded = triton.cdiv(width, 8) * 8
+        self.padded = padded = cdiv(width, 8) * 8
         block_rank = max(16, triton.next_power_of_2(self.rank))
         self.one_tile = self.state == 1 and width <= block_rank  # B and C fit behind the low-rank step sizes
         self.x_proj = x_proj_weight.to(x.dtype)
@@ -80,16 +81,16 @@ class Launch:
         self.parameters = tuple(t.contiguous() for t in (dt_proj_weight.to(x.dtype), dt_proj_bias, A_log, D))
 
         self.block = 4 * _LANE_CHANNELS
-        self.blocks = triton.cdiv(self.channels, self.block)
+        self.blocks = cdiv(self.channels, self.block)
         self.tiles = segments.count_tiles(self.height, self.width)
         walk = self.tiles
         if self.batch * self.blocks < _ENOUGH_PROGRAMS:
-            walk = min(_MAX_WALK, triton.cdiv(self.batch * self.blocks * self.tiles, _ENOUGH_PROGRAMS))
-        self.segments = triton.cdiv(self.tiles, walk)
+            walk = min(_MAX_WALK, cdiv(self.batch * self.blocks * self.tiles, _ENOUGH_PROGRAMS))
+        self.segments = cdiv(self.tiles, walk)
         self.sizes = (self.height, self.width, self.tiles, walk)
         # Programs of whole sequences take several images, which share the cost of loading weights.
         self.images = max(1, self.batch * self.blocks // _MANY_PROGRAMS) if self.segments == 1 else 1
-        self.groups = triton.cdiv(self.batch, self.images) * self.segments
+        self.groups = cdiv(self.batch, self.images) * self.segments
         self.grid = (self.blocks * self.groups,)
         self.walk = (self.batch, *self.sizes, self.images)
         # Programs of one launch may not meet in a pixel: with several segments, rows and columns are two launches.
@@ -132,10 +133,10 @@ class Launch:
             ADJOINT=adjoint,
             **self.constants,
         )
-        parts = min(32, triton.next_power_of_2(triton.cdiv(self.segments, 16)))
+        parts = min(32, triton.next_power_of_2(cdiv(self.segments, 16)))
         block = 32
-        grid = (self.batch * 4 * self.state * triton.cdiv(self.channels, block),)
-        sizes = (self.segments, triton.cdiv(self.segments, parts), self.channels, self.state, adjoint)
+        grid = (self.batch * 4 * self.state * cdiv(self.channels, block),)
+        sizes = (self.segments, cdiv(self.segments, parts), self.channels, self.state, adjoint)
         selective_scan_2d_carry_kernel[grid](
             states, decays, entering, *sizes, P=parts, S=8, C=block, num_warps=max(1, parts // 8)
         )
