@@ -292,8 +292,8 @@ def channel_sums(tile_1, tile_2, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     i_column = tl.zeros((C, 1), tl.int32) + (tl.arange(0, 8) % 2)[None, :]
     tile_1 = _channels_as_operand(as_factor(tile_1, DTYPE, PRECISION), WIDTH)
     tile_2 = _channels_as_operand(as_factor(tile_2, DTYPE, PRECISION), WIDTH)
-    sums = tl.dot(tile_1, (i_column == 0).to(DTYPE), input_precision=PRECISION)
-    sums = tl.dot(tile_2, (i_column == 1).to(DTYPE), sums, input_precision=PRECISION)
+    sums = tl.dot(tile_1, tl.where(i_column == 0, 1.0, 0.0).to(DTYPE), input_precision=PRECISION)
+    sums = tl.dot(tile_2, tl.where(i_column == 1, 1.0, 0.0).to(DTYPE), sums, input_precision=PRECISION)
     return tl.split(tl.reshape(sums, (T, Q, 4, 2)))
 
 
@@ -393,6 +393,6 @@ def only_weights(
     o_rank = o_row // WIDTH % 4 * (n // 4) + o_row // (4 * WIDTH) * WIDTH + o_row % WIDTH
     ones = o_rank[:, None] == first + (tl.arange(0, 8) % 2)[None, :]
     low_rank = as_factor(as_operand(low_rank, WIDTH), low_rank.dtype, PRECISION)
-    weights = tl.dot(low_rank, ones.to(low_rank.dtype), input_precision=PRECISION)
+    weights = tl.dot(low_rank, tl.where(ones, 1.0, 0.0).to(low_rank.dtype), input_precision=PRECISION)
     b_B, b_C = tl.split(tl.reshape(weights, (T, Q, 4, 2)))
     return _for_channels(b_B, V), _for_channels(b_C, V)
