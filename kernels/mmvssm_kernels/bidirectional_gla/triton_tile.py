@@ -131,12 +131,6 @@ def unit_of(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def half_of(total, MILD: tl.constexpr):
-    """By how many powers of two (K) the operands of a block with this total log-decay (K) are moved."""
-    return tl.minimum(-0.5 * total, MILD)
-
-
-@triton.jit
 def entering_state(
     p_states, p_units, p_totals, i_program, way, exponent, o_key, o_value,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SCANNED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
