@@ -20,7 +20,7 @@ from ..layers import (
     conv_channel_last,
     drop_casts,
     drop_path_rates,
-    run_block,
+    run_emptying,
     swiglu_width,
 )
 from ..layers.activation import ACTIVATIONS
@@ -95,13 +95,6 @@ class ViGBlock(BaseModule):
         x = self.mixer(x)
         x, residual = self.norm2(x, residual, self.drop_path.sample_scale(x))
         return Stream(self.mlp(x), residual, self.drop_path.sample_scale(x))
-
-
-def run_stream(block: ViGBlock, stream: list[torch.Tensor | None], with_cp: bool) -> list[torch.Tensor | None]:
-    """Pass a stream through a block, both as lists of the members of :class:`Stream`; that of the input is emptied."""
-    if with_cp and torch.is_grad_enabled():
-        return list(run_block(block, *stream, with_cp=True))
-    return list(block(stream))
 
 
 # ---------------------------------------------------------------------- plain
@@ -269,7 +262,7 @@ class ViG(BaseBackbone):
         stream = list(Stream(self._embed(x)))
         outs = []
         for i, block in enumerate(self.blocks):
-            stream = run_stream(block, stream, self.with_cp)
+            stream = list(run_emptying(block, stream, with_cp=self.with_cp))
             if i in self.out_indices:
                 out = self.norm(*stream)[0] if i == self.depth - 1 else Stream(*stream).total()
                 outs.append(out.permute(0, 3, 1, 2).contiguous())
@@ -354,7 +347,7 @@ class ViGHStage(BaseModule):
         stream = list(Stream(x if self.downsample is None else self.downsample(x)))
         del x
         for block in self.blocks:
-            stream = run_stream(block, stream, self.with_cp)
+            stream = list(run_emptying(block, stream, with_cp=self.with_cp))
         return Stream(*stream)
 
 

@@ -23,6 +23,7 @@ from ..layers import (
     insert_class_rows,
     resize_position_embedding,
     run_block,
+    run_emptying,
     split_class_rows,
     square_grid,
 )
@@ -358,10 +359,9 @@ class Vim(BaseBackbone):
 
     def _steps(self):
         """First block of every step, and a function of [x, residual] that runs it: a block, or a pair of them."""
-        recompute = self.with_cp and torch.is_grad_enabled()
         if not self.alternate:
             for i, block in enumerate(self.layers):
-                yield i, (lambda stream, block=block: run_block(block, *stream, with_cp=True)) if recompute else block
+                yield i, lambda stream, block=block: run_emptying(block, stream, with_cp=self.with_cp)
             return
         for i in range(0, len(self.layers), 2):
             yield i, lambda stream, i=i: self._run_pair(self.layers[i], self.layers[i + 1], *stream)

@@ -3,7 +3,7 @@
 from .activation import build_activation
 from .add_norm import ADD_NORMS, AddLayerNorm, AddRMSNorm
 from .channel_last import conv_channel_last
-from .checkpointing import run_block
+from .checkpointing import run_block, run_emptying
 from .downsample import ConvDownsample, PatchMerging
 from .drop_path import DropPath, drop_path_rates
 from .fused_conv import FusedConv
@@ -58,6 +58,7 @@ __all__ = [
     "partition_windows",
     "resize_position_embedding",
     "run_block",
+    "run_emptying",
     "split_class_rows",
     "square_grid",
     "swiglu_width",

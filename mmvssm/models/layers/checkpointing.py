@@ -23,6 +23,16 @@ def run_block(block: nn.Module, *args: torch.Tensor | None, with_cp: bool = Fals
     return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(norms)))
 
 
+def run_emptying(block: nn.Module, tensors: list[torch.Tensor | None], with_cp: bool = False) -> Any:
+    """Call a block that takes its tensors out of a list, so that their memory is free while it runs.
+
+    With ``with_cp`` the block gets them as arguments of their own, as it needs them again in the backward pass.
+    """
+    if with_cp and torch.is_grad_enabled():
+        return run_block(block, *tensors, with_cp=True)
+    return block(tensors)
+
+
 @contextmanager
 def _statistics_kept(norms: list[_NormBase]) -> Iterator[None]:
     """Batch norms in training mode update copies of their running statistics instead of these themselves."""
