@@ -2,6 +2,19 @@
 
 import torch
 
+STOCK_INIT = [
+    dict(type="TruncNormal", layer="Linear", std=0.02, bias=0.0),
+    dict(type="Constant", layer="LayerNorm", val=1.0, bias=0.0),
+]
+
+
+@torch.no_grad()
+def enlarge(net):
+    """Parameters larger than at the start of training, so that every branch shows in the output. Returns ``net``."""
+    for parameter in net.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return net
+
 
 def image(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -4,6 +4,8 @@ import torch
 
 from mmvssm.models import Vim
 
+from .common import enlarge
+
 SMALL = dict(embed_dims=16, depth=4, patch_size=8, d_state=4)
 DENSE = dict(with_cls_token=False, out_indices=(0, 1, 3), img_size=32)
 VARIANTS = {
@@ -14,16 +16,9 @@ VARIANTS = {
     "shared": dict(img_size=32, directions="shared", layer_scale=0.5, norm="layer"),
     "alternate": dict(img_size=32, directions="forward", alternate=True, cls_token="double", out_indices=(1, 3)),
 }
-STOCK_INIT = [
-    dict(type="TruncNormal", layer="Linear", std=0.02, bias=0.0),
-    dict(type="Constant", layer="LayerNorm", val=1.0, bias=0.0),
-]
 
 
 def make(name="dense", arch=SMALL, **kwargs) -> Vim:
     torch.manual_seed(0)
     net = Vim(arch, **{**VARIANTS[name], **kwargs})
-    with torch.no_grad():  # larger than at the start of training, so that every branch shows in the output
-        for parameter in net.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return net
+    return enlarge(net)

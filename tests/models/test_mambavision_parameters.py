@@ -10,7 +10,8 @@ from torch import nn
 from mmvssm.models import MambaVision
 from mmvssm.models.mixers import MambaVisionMixer
 
-from .small_mambavision import SMALL, STOCK_INIT, make
+from .common import STOCK_INIT
+from .small_mambavision import SMALL, make
 
 
 @pytest.fixture(params=SMALL)

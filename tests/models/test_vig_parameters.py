@@ -10,7 +10,8 @@ from torch import nn
 from mmvssm.models import ViG, ViGH
 from mmvssm.models.mixers import BidirectionalGLA
 
-from .small_vig import SMALL, STOCK_INIT, make
+from .common import STOCK_INIT
+from .small_vig import SMALL, make
 
 
 @pytest.fixture(params=SMALL)

@@ -11,7 +11,8 @@ from torch import nn
 from mmvssm.models import Vim
 from mmvssm.models.mixers import BidirectionalMamba
 
-from .small_vim import SMALL, STOCK_INIT, VARIANTS, make
+from .common import STOCK_INIT
+from .small_vim import SMALL, VARIANTS, make
 
 
 @pytest.fixture(params=VARIANTS)

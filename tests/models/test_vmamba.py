@@ -12,10 +12,12 @@ from mmvssm.models import VMamba
 from mmvssm.models.mixers import SS2D, ss2d
 
 from .common import (
+    STOCK_INIT,
     check_batch_independence,
     check_checkpointing,
     check_checkpointing_stores_less,
     check_state_dict_round_trip,
+    enlarge,
     image,
     total,
 )
@@ -38,19 +40,12 @@ SMALL = {
     "gated": dict(embed_dims=16, depths=(1, 1, 2, 1), ssm_ratio=2.0, gated=True, d_state=2),
     "v0": {**VMamba.arch_zoo["v0-tiny"], "embed_dims": 16, "depths": (1, 1, 2, 1), "d_state": 4, "drop_path_rate": 0.0},
 }
-STOCK_INIT = [
-    dict(type="TruncNormal", layer="Linear", std=0.02, bias=0.0),
-    dict(type="Constant", layer="LayerNorm", val=1.0, bias=0.0),
-]
 
 
 def make(name="v2", **kwargs) -> VMamba:
     torch.manual_seed(0)
     net = VMamba(SMALL[name], **kwargs)
-    with torch.no_grad():  # larger than at the start of training, so that every branch shows in the output
-        for parameter in net.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return net
+    return enlarge(net)
 
 
 @pytest.fixture(params=SMALL)
