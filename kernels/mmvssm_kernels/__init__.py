@@ -7,6 +7,7 @@ from .add_norm import add_norm
 from .bias_activation import bias_activation
 from .bidirectional_gla import bidirectional_gla
 from .bidirectional_selective_scan import ScanParameters, bidirectional_selective_scan
+from .cast_together import cast_together
 from .causal_conv1d import causal_conv1d
 from .dispatch import available_backends, use_backend
 from .locality_gate import locality_gate
@@ -21,6 +22,7 @@ __all__ = [
     "bias_activation",
     "bidirectional_gla",
     "bidirectional_selective_scan",
+    "cast_together",
     "causal_conv1d",
     "locality_gate",
     "selective_scan",

@@ -110,6 +110,9 @@ def record_launches(dtype: torch.dtype) -> list:
             x, bias, residual = case.inputs(dtype)
             y = forward.bias_activation_forward(x, bias, case.activation, residual)
             backward.bias_activation_backward(y, x, bias, case.activation)
+        forward = import_module("mmvssm_kernels.cast_together.triton_fwd")
+        weights = [torch.empty(192, 384), torch.empty(192)]
+        forward.cast_together_forward(weights, torch.empty(194 * 2048, dtype=dtype))
         package = "mmvssm_kernels.bidirectional_gla"
         forward, backward = (import_module(f"{package}.triton_{part}") for part in ("fwd", "bwd"))
         for case in ATTENTIONS:

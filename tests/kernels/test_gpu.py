@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mmvssm_kernels import cast_together
 from mmvssm_kernels.testing import (
     OPERATORS,
     TOLERANCES,
@@ -123,3 +124,12 @@ def test_one_kernel_serves_all_image_sizes():
         operator(*case._replace(height=height, width=width).inputs(torch.float16, "cuda"))
         compiled.append(len(kernel.device_caches[device][0]))
     assert len(set(compiled)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cast_together(dtype):
+    shapes = [(384, 192), (1,), (2049,), (0,), (192, 1, 3, 3), (1000, 100), (2047,), (12,), (7, 5), (2048,)]
+    tensors = [torch.randn(shape, device="cuda") for shape in shapes]
+    with poisoned_memory():
+        copies = cast_together(tensors, dtype, backend="triton")
+    assert all(torch.equal(copy, tensor.to(dtype)) for copy, tensor in zip(copies, tensors, strict=True))

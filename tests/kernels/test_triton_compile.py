@@ -14,7 +14,7 @@ KERNELS = [f"selective_scan{suffix}_{part}_kernel" for suffix in ("", "_2d") for
 KERNELS += [f"selective_scan_2d_{part}_kernel" for part in ("states", "carry", "sum")]
 _TWO_PASSES = ("causal_conv1d", "add_norm", "locality_gate", "swiglu")
 KERNELS += [f"{operator}_{part}_kernel" for operator in _TWO_PASSES for part in ("fwd", "bwd")]
-KERNELS += ["bias_activation_fwd_kernel", "bias_activation_bwd_kernel", "sum_rows_kernel"]
+KERNELS += ["cast_together_kernel", "bias_activation_fwd_kernel", "bias_activation_bwd_kernel", "sum_rows_kernel"]
 KERNELS += ["selective_scan_segments_kernel", "selective_scan_sums_kernel"]
 
 KERNELS += [f"bidirectional_gla_{part}_kernel" for part in ("states", "scan", "fwd", "bwd", "weight")]

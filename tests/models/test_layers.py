@@ -7,16 +7,20 @@ import torch
 from torch import nn
 
 from mmvssm.models.layers import (
+    Conv2d,
     DropPath,
+    Linear,
     LocalityGate,
     PatchMerging,
     SwiGLU,
     build_activation,
     conv_channel_last,
+    converted,
     drop_casts,
     drop_path_rates,
     swiglu_width,
 )
+from mmvssm.models.layers.converted import weights_converted
 from mmvssm.models.layers.patch_embed import image_to_channel_last
 from mmvssm.models.mixers.ssm_init import init_A_log_, init_D_, init_dt_proj_, init_x_proj_, inverse_softplus
 
@@ -142,6 +146,27 @@ def test_swiglu_widths():
     assert [swiglu_width(C, 256) for C in (192, 384, 768)] == [512, 1024, 2048]
     assert [swiglu_width(C, 32) for C in (96, 192, 384, 768)] == [256, 512, 1024, 2048]
     assert [swiglu_width(C, 32) for C in (128, 256, 512, 1024)] == [352, 704, 1376, 2752]
+
+
+def test_weights_are_converted_together():
+    """In inference under autocast, and with the results of autocast's own conversion."""
+    block = nn.Sequential(Conv2d(4, 4, 3, groups=4), nn.Flatten(2), Linear(4, 6), Linear(6, 5, bias=False))
+    x = torch.randn(2, 4, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = block(x)
+        dtypes = lambda: {converted._converted(p).dtype for p in block.parameters()}  # noqa: E731
+        with weights_converted(block):
+            assert dtypes() == {torch.float32}  # gradients want the parameters themselves
+        with torch.no_grad():
+            with weights_converted(block):
+                assert dtypes() == {torch.bfloat16}
+                assert torch.equal(block(x), want)
+            assert dtypes() == {torch.float32}
+            with pytest.raises(RuntimeError), weights_converted(block):
+                block(x[:, :3])
+            assert dtypes() == {torch.float32}
+    with torch.no_grad(), weights_converted(block):
+        assert dtypes() == {torch.float32}
 
 
 def test_swiglu():

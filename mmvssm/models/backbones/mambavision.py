@@ -12,6 +12,7 @@ from mmvssm.registry import MODELS
 
 from ..layers import (
     AddLayerNorm,
+    Conv2d,
     DropPath,
     FusedConv,
     LayerNorm,
@@ -94,9 +95,9 @@ class ConvBlock(BaseModule):
 
     def __init__(self, embed_dims: int, drop_path: float = 0.0, init_cfg: dict | None = None):
         super().__init__(init_cfg)
-        self.conv1 = nn.Conv2d(embed_dims, embed_dims, 3, padding=1)
+        self.conv1 = Conv2d(embed_dims, embed_dims, 3, padding=1)
         self.norm1 = nn.BatchNorm2d(embed_dims)
-        self.conv2 = nn.Conv2d(embed_dims, embed_dims, 3, padding=1)
+        self.conv2 = Conv2d(embed_dims, embed_dims, 3, padding=1)
         self.norm2 = nn.BatchNorm2d(embed_dims)
         self.drop_path = DropPath(drop_path)
 

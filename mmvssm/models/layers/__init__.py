@@ -4,6 +4,7 @@ from .activation import build_activation
 from .add_norm import ADD_NORMS, AddLayerNorm, AddRMSNorm
 from .channel_last import conv_channel_last
 from .checkpointing import run_block, run_emptying
+from .converted import Conv2d, Linear
 from .downsample import ConvDownsample, PatchMerging
 from .drop_path import DropPath, drop_path_rates
 from .fused_conv import FusedConv
@@ -32,6 +33,7 @@ __all__ = [
     "CLASS_POSITIONS",
     "AddLayerNorm",
     "AddRMSNorm",
+    "Conv2d",
     "ConvDownsample",
     "ConvPatchEmbed",
     "DropPath",
@@ -40,6 +42,7 @@ __all__ = [
     "GridRope",
     "LayerNorm",
     "LayerNorm2d",
+    "Linear",
     "LocalityGate",
     "Mlp",
     "PaddedPatchEmbed",

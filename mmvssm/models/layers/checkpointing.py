@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
+from .converted import weights_converted
+
 
 def run_block(block: nn.Module, *args: torch.Tensor | None, with_cp: bool = False) -> Any:
     """Call ``block(*args)``; with ``with_cp`` its activations are recomputed in the backward pass.
@@ -16,7 +18,8 @@ def run_block(block: nn.Module, *args: torch.Tensor | None, with_cp: bool = Fals
     Running statistics of batch norms are updated once, in the forward pass.
     """
     if not (with_cp and torch.is_grad_enabled()):
-        return block(*args)
+        with weights_converted(block):
+            return block(*args)
     norms = [m for m in block.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
     if not norms:
         return checkpoint(block, *args, use_reentrant=False)
@@ -30,7 +33,8 @@ def run_emptying(block: nn.Module, tensors: list[torch.Tensor | None], with_cp: 
     """
     if with_cp and torch.is_grad_enabled():
         return run_block(block, *tensors, with_cp=True)
-    return block(tensors)
+    with weights_converted(block):
+        return block(tensors)
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
 import torch
 from mmengine.model import BaseModule
-from torch import nn
 
 from .activation import build_activation
+from .converted import Linear
 
 
 class Mlp(BaseModule):
@@ -19,9 +19,9 @@ class Mlp(BaseModule):
 
     def __init__(self, embed_dims: int, hidden_dims: int, act: str | None = "gelu", init_cfg: dict | None = None):
         super().__init__(init_cfg)
-        self.fc1 = nn.Linear(embed_dims, hidden_dims)
+        self.fc1 = Linear(embed_dims, hidden_dims)
         self.act = build_activation(act, "mlp_act")
-        self.fc2 = nn.Linear(hidden_dims, embed_dims)
+        self.fc2 = Linear(hidden_dims, embed_dims)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x (..., C) to (..., C)."""

@@ -66,9 +66,9 @@ class PaddedPatchEmbed(BaseModule):
 
     def _project_patches(self, x: torch.Tensor, h: int, w: int) -> torch.Tensor:
         """The convolution as one product; cuDNN makes nothing of windows that do not overlap (0.43 ms for Vim-T)."""
-        if autocast_enabled(x.device):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # before patches are copied, not after
         B, C = x.shape[:2]
         patches = x.reshape(B, C, h, self.patch_size, w, self.patch_size).permute(0, 2, 4, 1, 3, 5)
+        if autocast_enabled(x.device):  # the one copy converts, too
+            patches = patches.to(torch.get_autocast_dtype(x.device.type), memory_format=torch.contiguous_format)
         weight = self.projection.weight.flatten(1)
         return F.linear(patches.reshape(B, h * w, weight.shape[1]), weight, self.projection.bias)

@@ -2,9 +2,10 @@
 
 import torch
 from mmengine.model import BaseModule
-from torch import nn
 
 from mmvssm_kernels import swiglu
+
+from .converted import Linear
 
 
 def swiglu_width(embed_dims: int, multiple: int) -> int:
@@ -23,8 +24,8 @@ class SwiGLU(BaseModule):
 
     def __init__(self, embed_dims: int, hidden_dims: int, init_cfg: dict | None = None):
         super().__init__(init_cfg)
-        self.fc1 = nn.Linear(embed_dims, 2 * hidden_dims, bias=False)
-        self.fc2 = nn.Linear(hidden_dims, embed_dims, bias=False)
+        self.fc1 = Linear(embed_dims, 2 * hidden_dims, bias=False)
+        self.fc2 = Linear(hidden_dims, embed_dims, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x (..., C) to (..., C)."""

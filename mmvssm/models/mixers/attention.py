@@ -2,8 +2,9 @@
 
 import torch
 from mmengine.model import BaseModule
-from torch import nn
 from torch.nn import functional as F
+
+from ..layers import Linear
 
 
 class SelfAttention(BaseModule):
@@ -26,8 +27,8 @@ class SelfAttention(BaseModule):
         if embed_dims % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide the width {embed_dims}")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
-        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.qkv = Linear(embed_dims, 3 * embed_dims)
+        self.proj = Linear(embed_dims, embed_dims)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x (B, L, C) to (B, L, C)."""

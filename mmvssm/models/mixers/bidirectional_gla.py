@@ -6,7 +6,7 @@ from torch import nn
 
 from mmvssm_kernels import bidirectional_gla
 
-from ..layers import LocalityGate, build_activation, conv_channel_last
+from ..layers import Conv2d, Linear, LocalityGate, build_activation, conv_channel_last
 
 TRAIN_MERGE = 0.5  # the mean of the two directions
 XAVIER_GAIN = 2**-2.5
@@ -66,14 +66,14 @@ class BidirectionalGLA(BaseModule):
         self.xavier_init = xavier_init
         self.widths = (C // 2, C // 2, C, C, gate_rank)  # rows of in_proj: q, k, v, g, code of the decays
 
-        self.conv = nn.Conv2d(C, C, 3, padding=1, groups=C, bias=False)
+        self.conv = Conv2d(C, C, 3, padding=1, groups=C, bias=False)
         self.act = build_activation(conv_act, "conv_act")
         # One product for all that is read from the same tokens.
-        self.in_proj = nn.Linear(C, sum(self.widths), bias=False)
-        self.decay_proj = nn.Linear(gate_rank, C)
+        self.in_proj = Linear(C, sum(self.widths), bias=False)
+        self.decay_proj = Linear(gate_rank, C)
         self.g_norm = nn.RMSNorm(head_dims, eps=1e-6)
         self.gate = LocalityGate(C, head_dims, eps=1e-6, act=out_act)
-        self.out_proj = nn.Linear(C, C, bias=False)
+        self.out_proj = Linear(C, C, bias=False)
         self.init_parameters()
 
     @torch.no_grad()

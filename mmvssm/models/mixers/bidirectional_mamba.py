@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from mmvssm_kernels import ScanParameters, bidirectional_selective_scan, causal_conv1d, selective_scan
 
+from ..layers import Linear
 from .ssm_init import init_A_log_, init_D_, init_dt_proj_, init_x_proj_
 
 DIRECTIONS = ("separate", "shared", "forward")
@@ -120,14 +121,14 @@ class BidirectionalMamba(BaseModule):
         self.dt_init = dt_init
         self.scale = 0.5 if divide_out and directions == "separate" else 1.0
 
-        self.in_proj = nn.Linear(embed_dims, 2 * E, bias=False)
+        self.in_proj = Linear(embed_dims, 2 * E, bias=False)
         self.forward_scan = ScanDirection(E, d_state, d_conv, R)
         if directions == "separate":
             self.backward_scan = ScanDirection(E, d_state, d_conv, R)
         elif directions == "shared":
             self.backward_A_log = nn.Parameter(torch.empty(E, d_state))
             self.no_weight_decay_params = ("backward_A_log",)
-        self.out_proj = nn.Linear(E, embed_dims, bias=False)
+        self.out_proj = Linear(E, embed_dims, bias=False)
         self.layer_scale = None
         if layer_scale is not None:
             self.layer_scale = nn.Parameter(torch.full((embed_dims,), float(layer_scale)))

@@ -8,6 +8,7 @@ from torch import nn
 
 from mmvssm_kernels import causal_conv1d, selective_scan
 
+from ..layers import Linear
 from .ssm_init import init_A_log_, init_D_, init_dt_proj_
 
 DT_INITS = ("mamba", "zero")
@@ -66,13 +67,13 @@ class MambaVisionMixer(BaseModule):
         self.splits = (R, N, N)
         self.dt_init = dt_init
 
-        self.in_proj = nn.Linear(embed_dims, embed_dims, bias=False)
+        self.in_proj = Linear(embed_dims, embed_dims, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(embed_dims, 3))
-        self.x_proj = nn.Linear(D, R + 2 * N, bias=False)
+        self.x_proj = Linear(D, R + 2 * N, bias=False)
         self.dt_proj = nn.Linear(R, D)
         self.A_log = nn.Parameter(torch.empty(D, N))
         self.D = nn.Parameter(torch.empty(D))
-        self.out_proj = nn.Linear(embed_dims, embed_dims, bias=False)
+        self.out_proj = Linear(embed_dims, embed_dims, bias=False)
         nn.init.uniform_(self.conv_weight, -(3**-0.5), 3**-0.5)  # torch's default for a convolution of three inputs
         self.init_ssm_parameters()
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from mmvssm_kernels import selective_scan_2d
 
-from ..layers import AddLayerNorm, autocast_enabled, build_activation, conv_channel_last
+from ..layers import AddLayerNorm, Conv2d, Linear, autocast_enabled, build_activation, conv_channel_last
 from .ssm_init import init_A_log_, init_D_, init_dt_proj_, init_x_proj_
 
 DIRECTIONS = 4  # row-major, column-major, and both reversed
@@ -73,8 +73,8 @@ class SS2D(BaseModule):
         self.gated = gated
         self.fp32_core = fp32_core
 
-        self.in_proj = nn.Linear(embed_dims, 2 * D if gated else D, bias=False)
-        self.conv = nn.Conv2d(D, D, d_conv, padding=d_conv // 2, groups=D, bias=conv_bias) if d_conv > 1 else None
+        self.in_proj = Linear(embed_dims, 2 * D if gated else D, bias=False)
+        self.conv = Conv2d(D, D, d_conv, padding=d_conv // 2, groups=D, bias=conv_bias) if d_conv > 1 else None
         self.act = build_activation(act, "ssm_act")
         self.x_proj_weight = nn.Parameter(torch.empty(K, R + 2 * N, D))
         self.dt_proj_weight = nn.Parameter(torch.empty(K, D, R))
@@ -84,7 +84,7 @@ class SS2D(BaseModule):
         self.out_norm = AddLayerNorm(D)
         self.out_act = build_activation(out_act, "out_act")
         self.gate_act = build_activation(gate_act, "gate_act") if gated else None
-        self.out_proj = nn.Linear(D, embed_dims, bias=False)
+        self.out_proj = Linear(D, embed_dims, bias=False)
         self.init_ssm_parameters()
 
     def init_ssm_parameters(self) -> None:
