@@ -38,9 +38,8 @@ from .triton_tile import (
 _MAX_REGISTERS = 168
 _ENOUGH_PROGRAMS = 12 * 132
 _SUMMARY_REGISTERS = 80
-# Tokens of a step, steps of which the inputs are in shared memory, channels of a lane, and lanes that share a channel's
-# states.
-_TOKENS: tl.constexpr = tl.constexpr(8)
+# Steps of eight tokens whose inputs are in shared memory or on their way, channels of a lane, and lanes that share a
+# channel's states.
 _STAGES: tl.constexpr = tl.constexpr(3)
 _OWN_CHANNELS = 2
 _STATE_LANES = 2
@@ -49,7 +48,7 @@ _STATE_LANES = 2
 @triton.jit
 def _load_values(p_rows, step, o_channel, m_channel, CR: tl.constexpr):
     """Per-channel values (CR, CL, 2, 2) of the first and of the last four tokens of a step; rows are ``step`` apart."""
-    o_row = tl.arange(0, _TOKENS)[:, None] * step
+    o_row = tl.arange(0, 8)[:, None] * step
     tile = tl.load(p_rows + o_row + o_channel[None, :], mask=m_channel[None, :], other=0.0)
     return tl.split(tl.permute(tl.reshape(tile, (2, 2, 2, o_channel.shape[0] // CR, CR)), (4, 3, 1, 2, 0)))
 
@@ -178,19 +177,19 @@ def _walk(
     STEP: tl.constexpr = -channels if REVERSE else channels
     # Steps of the padding come first in the backward direction, and last in the other.
     if REVERSE:
-        i_start = tl.where(i_first == 0, (n_all * T - length) // _TOKENS, 0)
-        n_steps = n_own * (T // _TOKENS)
+        i_start = tl.where(i_first == 0, (n_all * T - length) // 8, 0)
+        n_steps = n_own * (T // 8)
     else:
         i_start = 0
-        n_steps = tl.minimum(n_own * (T // _TOKENS), (length - i_first * T + _TOKENS - 1) // _TOKENS)
+        n_steps = tl.minimum(n_own * (T // 8), (length - i_first * T + 7) // 8)
     o_channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_channel = (o_channel < channels) | (channels % BLOCK_C == 0)
     for i in tl.range(i_start, n_steps, num_stages=_STAGES):
-        i_scan_token = i_first * T + i * _TOKENS
+        i_scan_token = i_first * T + i * 8
         o_token = n_all * T - 1 - i_scan_token if REVERSE else i_scan_token
         if KEEP and not SUMMARY:
-            i_tile = i_first + i // (T // _TOKENS)
-            if (i % (T // _TOKENS) == 0) & (i_tile > 0):
+            i_tile = i_first + i // (T // 8)
+            if (i % (T // 8) == 0) & (i_tile > 0):
                 p_kept = state_pointers(p_border + (i_tile.to(tl.int64) - 1) * N * channels, o_state, o_owned, N)
                 tl.store(p_kept, state, mask=m_states)
         dt_first, dt_last = _load_values(p_dt + o_token * channels, STEP, o_channel, m_channel, CR)
@@ -198,7 +197,7 @@ def _walk(
         p_groups = p_weights + i_scan_token * (2 * S)
         B_first, C_first, B_last, C_last = _load_weights(p_groups, S, NR, NG, NL, not SUMMARY)
         if GATE and not SUMMARY:
-            o_row = i_scan_token + tl.arange(0, _TOKENS)
+            o_row = i_scan_token + tl.arange(0, 8)
             o_dense = o_row[:, None] * channels + o_channel[None, :]
             m_tile = (o_row < length)[:, None] & m_channel[None, :]
             z = tl.load(p_z + o_row[:, None] * stride_z_token + o_channel[None, :], mask=m_tile, other=0.0)
@@ -210,9 +209,9 @@ def _walk(
             steps += ((y0 + y1) + (y2 + y3)) + ((y4 + y5) + (y6 + y7))
         elif GATE:
             y = tl.join(_rows_of_tokens(y0, y1, y2, y3), _rows_of_tokens(y4, y5, y6, y7))
-            y = tl.reshape(tl.permute(y, (2, 0, 1)), (_TOKENS, BLOCK_C))
+            y = tl.reshape(tl.permute(y, (2, 0, 1)), (8, BLOCK_C))
             # Detached, or every lane of a channel would compute the gate.
-            y = tl.reshape(detach_layout(y[None]), (_TOKENS, BLOCK_C))
+            y = tl.reshape(detach_layout(y[None]), (8, BLOCK_C))
             if ADD:
                 y += other.to(tl.float32)
             if KEEP:
