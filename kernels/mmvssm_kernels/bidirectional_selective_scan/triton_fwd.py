@@ -4,6 +4,10 @@ A program owns a block of channels of one sequence and walks its tokens, first o
 takes the place of its inputs, then of the forward direction, adding and gating. Sequences with few
 channels are cut into segments: a first launch leaves each segment's state from zero and its sum of step sizes, a second
 one makes of them the states that enter the segments, and the third walks.
+
+Eight tokens are walked at a time. Their inputs come through shared memory, copied two steps ahead (``num_stages`` of
+the loops): loads ahead into registers would share the few scoreboards of a warp with loads from the cache, and be
+waited for with those.
 """
 
 import math
@@ -13,14 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..selective_scan.triton_tile import detach_layout
 from .triton_carry import carry
-from .triton_launch import RUN_TIME_SIZES, Launch
+from .triton_launch import RUN_TIME_SIZES, Launch, register_limit
 from .triton_project import project
 from .triton_tile import (
-    in_lanes,
     load_of_channels,
     of_channels,
-    of_lanes,
     of_states,
     scan_segment,
     silu,
@@ -30,39 +33,83 @@ from .triton_tile import (
     store_of_channels,
 )
 
-# Registers of a thread, programs that run side by side on a large GPU with them, channels of a lane,
-# and lanes that share a channel's states.
+# Registers of a thread, and programs that run side by side on a large GPU with them. For summaries of at most 16 states
+# in a lane fewer registers suffice, so that those of both directions run at once.
 _MAX_REGISTERS = 168
 _ENOUGH_PROGRAMS = 12 * 132
+_SUMMARY_REGISTERS = 80
+# Steps of eight tokens whose inputs are in shared memory or on their way, channels of a lane, and lanes that share a
+# channel's states.
+_STAGES: tl.constexpr = tl.constexpr(3)
 _OWN_CHANNELS = 2
 _STATE_LANES = 2
 
 
 @triton.jit
-def _load_weights(p_group, o_weight, S: tl.constexpr, SUMMARY: tl.constexpr):
-    """B and C (NR, NG, NL) of a token; for summaries, which need no C, B twice."""
-    B = tl.load(p_group + o_weight)
-    return B, (B if SUMMARY else tl.load(p_group + 4 * S + o_weight))
+def _load_values(p_rows, step, o_channel, m_channel, CR: tl.constexpr):
+    """Per-channel values (CR, CL, 2, 2) of the first and of the last four tokens of a step; rows are ``step`` apart."""
+    o_row = tl.arange(0, 8)[:, None] * step
+    tile = tl.load(p_rows + o_row + o_channel[None, :], mask=m_channel[None, :], other=0.0)
+    return tl.split(tl.permute(tl.reshape(tile, (2, 2, 2, o_channel.shape[0] // CR, CR)), (4, 3, 1, 2, 0)))
+
+
+@triton.jit
+def _load_weights(p_groups, S: tl.constexpr, NR: tl.constexpr, NG: tl.constexpr, NL: tl.constexpr, BOTH: tl.constexpr):
+    """B and C (NR, NG, NL, 2, 2) of the first four tokens, then of the last; B in place of C unless ``BOTH``.
+
+    In memory NR neighbouring states each of four tokens follow each other.
+    """
+    if BOTH:
+        weights = tl.load(p_groups + tl.arange(0, 16 * S))
+        weights = tl.permute(tl.reshape(weights, (2, 2, NG, NL, 2, 2, NR)), (6, 2, 3, 4, 5, 1, 0))
+        first, last = tl.split(weights)
+        B_first, C_first = tl.split(first)
+        B_last, C_last = tl.split(last)
+        return B_first, C_first, B_last, C_last
+    else:
+        o_weight = tl.arange(0, 8 * S)
+        weights = tl.load(p_groups + o_weight // (4 * S) * (8 * S) + o_weight % (4 * S))
+        first, last = tl.split(tl.permute(tl.reshape(weights, (2, NG, NL, 2, 2, NR)), (5, 1, 2, 3, 4, 0)))
+        return first, first, last, last
+
+
+@triton.jit
+def _of_tokens(tile):
+    """Of values (..., 2, 2) of four tokens, those of each."""
+    even, odd = tl.split(tile)
+    token0, token2 = tl.split(even)
+    token1, token3 = tl.split(odd)
+    return token0, token1, token2, token3
 
 
 @triton.jit
 def _token(state, rate, skip, dt, u, B, C, SUMMARY: tl.constexpr):
-    """State behind one token, and its result (CR, CL), or its step size (CR, NL, CL) for summaries."""
+    """State behind one token, and its result (CR, CL), or its step size for summaries."""
     dt = dt.to(tl.float32)
     u = u.to(tl.float32)
-    state = tl.exp2(of_lanes(dt) * rate) * state + of_lanes(dt * u) * of_states(B)
+    state = tl.exp2(of_channels(dt) * rate) * state + of_channels(dt * u) * of_states(B)
     if SUMMARY:
         return state, dt
     else:
-        # Every lane of a channel adds its share of what goes past the state.
-        return state, tl.sum(in_lanes(state * of_states(C)) + skip * u, axis=1)
+        # With a lane's states on one axis their sum is one chain of multiply-adds. Every lane of a channel adds its
+        # share of what goes past the state.
+        OWN: tl.constexpr = state.shape[0] * state.shape[1]
+        shares = tl.reshape(state * of_states(C), (OWN, skip.shape[0], skip.shape[1], skip.shape[2]))
+        return state, tl.sum(tl.sum(shares, axis=0) + skip * u[:, None, :], axis=1)
 
 
 @triton.jit
-def _load_token(state, rate, skip, dt, u, p_group, o_weight, S: tl.constexpr, SUMMARY: tl.constexpr):
-    """The same with B and C from memory."""
-    B, C = _load_weights(p_group, o_weight, S, SUMMARY)
-    return _token(state, rate, skip, dt, u, B, C, SUMMARY)
+def _four_tokens(state, rate, skip, dt, u, B, C, SUMMARY: tl.constexpr):
+    """The same for four tokens."""
+    dt0, dt1, dt2, dt3 = _of_tokens(dt)
+    u0, u1, u2, u3 = _of_tokens(u)
+    B0, B1, B2, B3 = _of_tokens(B)
+    C0, C1, C2, C3 = _of_tokens(C)
+    state, y0 = _token(state, rate, skip, dt0, u0, B0, C0, SUMMARY)
+    state, y1 = _token(state, rate, skip, dt1, u1, B1, C1, SUMMARY)
+    state, y2 = _token(state, rate, skip, dt2, u2, B2, C2, SUMMARY)
+    state, y3 = _token(state, rate, skip, dt3, u3, B3, C3, SUMMARY)
+    return state, y0, y1, y2, y3
 
 
 @triton.jit
@@ -110,7 +157,7 @@ def _walk(
 ):
     """One direction of one segment; pointers are at the batch element (and direction).
 
-    Without ``GATE`` results take the place of u. Four tokens are walked at a time; groups of padding are left out.
+    Without ``GATE`` results take the place of u. Steps of padding are left out.
     """
     BLOCK_C: tl.constexpr = CR * CL
     S: tl.constexpr = NR * NG * NL
@@ -126,89 +173,64 @@ def _walk(
         # What the segment before this one hands on.
         p_enter = state_pointers(p_summary + (i_scan - 1) * N * channels, o_state, o_owned, N)
         state = tl.load(p_enter, mask=m_states & (i_scan > 0), other=0.0)
-    steps = tl.zeros((CR, NL, CL), tl.float32)
+    steps = tl.zeros((CR, CL), tl.float32)
     STEP: tl.constexpr = -channels if REVERSE else channels
-    # Groups of four tokens; those of the padding come first in the backward direction, and last in the other.
+    # Steps of the padding come first in the backward direction, and last in the other.
     if REVERSE:
-        i_group = tl.where(i_first == 0, (n_all * T - length) // 4, 0)
-        n_groups = n_own * (T // 4)
+        i_start = tl.where(i_first == 0, (n_all * T - length) // 8, 0)
+        n_steps = n_own * (T // 8)
     else:
-        i_group = 0
-        n_groups = tl.minimum(n_own * (T // 4), (length - i_first * T + 3) // 4)
-    i_scan_token = i_first * T + i_group * 4
-    o_token = n_all * T - 1 - i_scan_token if REVERSE else i_scan_token
-    p_t = p_dt + o_token * channels
-    p_v = p_u + o_token * channels
-    # Of four tokens, NR states each of the first, second, ... are neighbours.
-    o_part = tl.arange(0, NG)[:, None] * NL + tl.arange(0, NL)[None, :]
-    o_weight = o_part[None, :, :] * (4 * NR) + tl.arange(0, NR)[:, None, None]
-    p_B = p_weights + i_scan_token * (2 * S)
-    B, C = _load_weights(p_B, o_weight, S, SUMMARY)
-    dt0 = load_of_channels(p_t, o_owned, m_owned, NL)
-    u0 = load_of_channels(p_v, o_owned, m_owned, NL)
-    dt1 = load_of_channels(p_t + STEP, o_owned, m_owned, NL)
-    u1 = load_of_channels(p_v + STEP, o_owned, m_owned, NL)
-    dt2 = load_of_channels(p_t + 2 * STEP, o_owned, m_owned, NL)
-    u2 = load_of_channels(p_v + 2 * STEP, o_owned, m_owned, NL)
-    dt3 = load_of_channels(p_t + 3 * STEP, o_owned, m_owned, NL)
-    u3 = load_of_channels(p_v + 3 * STEP, o_owned, m_owned, NL)
-    for i in range(i_group, n_groups):
+        i_start = 0
+        n_steps = tl.minimum(n_own * (T // 8), (length - i_first * T + 7) // 8)
+    o_channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_channel = (o_channel < channels) | (channels % BLOCK_C == 0)
+    for i in tl.range(i_start, n_steps, num_stages=_STAGES):
+        i_scan_token = i_first * T + i * 8
+        o_token = n_all * T - 1 - i_scan_token if REVERSE else i_scan_token
         if KEEP and not SUMMARY:
-            i_tile = i_first + i // (T // 4)
-            if (i % (T // 4) == 0) & (i_tile > 0):
+            i_tile = i_first + i // (T // 8)
+            if (i % (T // 8) == 0) & (i_tile > 0):
                 p_kept = state_pointers(p_border + (i_tile.to(tl.int64) - 1) * N * channels, o_state, o_owned, N)
                 tl.store(p_kept, state, mask=m_states)
-        # Step sizes and inputs of the next four tokens are loaded while these are walked.
-        ahead = tl.where(i + 1 < n_groups, 4, 0) * STEP
-        p_t += ahead
-        p_v += ahead
-        next_dt0 = load_of_channels(p_t, o_owned, m_owned, NL)
-        next_u0 = load_of_channels(p_v, o_owned, m_owned, NL)
-        next_dt1 = load_of_channels(p_t + STEP, o_owned, m_owned, NL)
-        next_u1 = load_of_channels(p_v + STEP, o_owned, m_owned, NL)
-        next_dt2 = load_of_channels(p_t + 2 * STEP, o_owned, m_owned, NL)
-        next_u2 = load_of_channels(p_v + 2 * STEP, o_owned, m_owned, NL)
-        next_dt3 = load_of_channels(p_t + 3 * STEP, o_owned, m_owned, NL)
-        next_u3 = load_of_channels(p_v + 3 * STEP, o_owned, m_owned, NL)
-        p_next = p_B + tl.where(i + 1 < n_groups, 8 * S, 0)
-        next_B, next_C = _load_weights(p_next, o_weight, S, SUMMARY)
+        dt_first, dt_last = _load_values(p_dt + o_token * channels, STEP, o_channel, m_channel, CR)
+        u_first, u_last = _load_values(p_u + o_token * channels, STEP, o_channel, m_channel, CR)
+        p_groups = p_weights + i_scan_token * (2 * S)
+        B_first, C_first, B_last, C_last = _load_weights(p_groups, S, NR, NG, NL, not SUMMARY)
         if GATE and not SUMMARY:
-            o_row = (i_first * T + i * 4) + tl.arange(0, 4)
-            o_channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-            m_padded = ((o_channel < channels) | (channels % BLOCK_C == 0))[None, :]
+            o_row = i_scan_token + tl.arange(0, 8)
             o_dense = o_row[:, None] * channels + o_channel[None, :]
-            m_tile = (o_row < length)[:, None] & m_padded
+            m_tile = (o_row < length)[:, None] & m_channel[None, :]
             z = tl.load(p_z + o_row[:, None] * stride_z_token + o_channel[None, :], mask=m_tile, other=0.0)
             if ADD:
-                other = tl.load(p_other + o_dense, mask=m_padded, other=0.0)
-        tl.debug_barrier()  # otherwise the compiler moves the loads above to where their results are used
-        state, y0 = _token(state, rate, skip, dt0, u0, B, C, SUMMARY)
-        state, y1 = _load_token(state, rate, skip, dt1, u1, p_B + NR, o_weight, S, SUMMARY)
-        state, y2 = _load_token(state, rate, skip, dt2, u2, p_B + 2 * NR, o_weight, S, SUMMARY)
-        state, y3 = _load_token(state, rate, skip, dt3, u3, p_B + 3 * NR, o_weight, S, SUMMARY)
+                other = tl.load(p_other + o_dense, mask=m_channel[None, :], other=0.0)
+        state, y0, y1, y2, y3 = _four_tokens(state, rate, skip, dt_first, u_first, B_first, C_first, SUMMARY)
+        state, y4, y5, y6, y7 = _four_tokens(state, rate, skip, dt_last, u_last, B_last, C_last, SUMMARY)
         if SUMMARY:
-            steps += (y0 + y1) + (y2 + y3)
+            steps += ((y0 + y1) + (y2 + y3)) + ((y4 + y5) + (y6 + y7))
         elif GATE:
-            y = _rows_of_tokens(y0, y1, y2, y3)
+            y = tl.join(_rows_of_tokens(y0, y1, y2, y3), _rows_of_tokens(y4, y5, y6, y7))
+            y = tl.reshape(tl.permute(y, (2, 0, 1)), (8, BLOCK_C))
+            # Detached, or every lane of a channel would compute the gate.
+            y = tl.reshape(detach_layout(y[None]), (8, BLOCK_C))
             if ADD:
                 y += other.to(tl.float32)
             if KEEP:
-                tl.store(p_y + o_dense, y.to(p_y.dtype.element_ty), mask=m_padded)
+                tl.store(p_y + o_dense, y.to(p_y.dtype.element_ty), mask=m_channel[None, :])
             y *= scale * silu(z.to(tl.float32))
             tl.store(p_out + o_dense, y.to(p_out.dtype.element_ty), mask=m_tile)
         else:
-            p_to = p_u + (n_all * T - 1 - i_first * T - i * 4) * channels
+            p_to = p_u + o_token * channels
             store_of_channels(p_to, y0[:, None, :], o_owned, m_owned, NL)
             store_of_channels(p_to + STEP, y1[:, None, :], o_owned, m_owned, NL)
             store_of_channels(p_to + 2 * STEP, y2[:, None, :], o_owned, m_owned, NL)
             store_of_channels(p_to + 3 * STEP, y3[:, None, :], o_owned, m_owned, NL)
-        p_B = p_next
-        B, C = next_B, next_C
-        dt0, u0, dt1, u1 = next_dt0, next_u0, next_dt1, next_u1
-        dt2, u2, dt3, u3 = next_dt2, next_u2, next_dt3, next_u3
+            store_of_channels(p_to + 4 * STEP, y4[:, None, :], o_owned, m_owned, NL)
+            store_of_channels(p_to + 5 * STEP, y5[:, None, :], o_owned, m_owned, NL)
+            store_of_channels(p_to + 6 * STEP, y6[:, None, :], o_owned, m_owned, NL)
+            store_of_channels(p_to + 7 * STEP, y7[:, None, :], o_owned, m_owned, NL)
     if SUMMARY:
         tl.store(state_pointers(p_summary + i_scan * N * channels, o_state, o_owned, N), state, mask=m_states)
-        store_of_channels(p_step + i_scan * channels, steps, o_owned, m_owned, NL)
+        store_of_channels(p_step + i_scan * channels, steps[:, None, :], o_owned, m_owned, NL)
 
 
 @triton.jit(do_not_specialize=RUN_TIME_SIZES)
@@ -357,9 +379,12 @@ def bidirectional_forward(
     sizes = (launch.length, launch.channels, launch.tiles, n_tiles, segments)
     arguments = (*tensors, scale, *sizes, *launch.xz.stride()[:2])
     constants |= dict(TWO=launch.directions == 2, SEGMENTED=segments > 1)
+    kernel = bidirectional_selective_scan_fwd_kernel_scan
     if segments > 1:
         summary_grid = (grid[0], grid[1] * launch.directions, grid[2])
-        bidirectional_selective_scan_fwd_kernel_scan[summary_grid](*arguments, SUMMARY=True, KEEP=False, **constants)
+        few = constants["NR"] * constants["NG"] * constants["CR"] <= 16
+        summary_constants = constants | (register_limit(_SUMMARY_REGISTERS) if few else {})
+        kernel[summary_grid](*arguments, SUMMARY=True, KEEP=False, **summary_constants)
         carry(launch, summary, steps)
-    bidirectional_selective_scan_fwd_kernel_scan[grid](*arguments, SUMMARY=False, KEEP=keep, **constants)
+    kernel[grid](*arguments, SUMMARY=False, KEEP=keep, **constants)
     return out
