@@ -46,7 +46,7 @@ def _load_weights(p_group, o_weight, S: tl.constexpr, SUMMARY: tl.constexpr):
 
 
 @triton.jit
-def _token(state, rate, skip, dt, u, B, C, SUMMARY: tl.constexpr):
+def _token(state, rate, skip, dt, u, B, C, N: tl.constexpr, SUMMARY: tl.constexpr):
     """State behind one token, and its result (CR, CL), or its step size (CR, NL, CL) for summaries."""
     dt = dt.to(tl.float32)
     u = u.to(tl.float32)
@@ -55,14 +55,14 @@ def _token(state, rate, skip, dt, u, B, C, SUMMARY: tl.constexpr):
         return state, dt
     else:
         # Every lane of a channel adds its share of what goes past the state.
-        return state, tl.sum(in_lanes(state * of_states(C)) + skip * u, axis=1)
+        return state, tl.sum(in_lanes(state * of_states(C), N) + skip * u, axis=1)
 
 
 @triton.jit
-def _load_token(state, rate, skip, dt, u, p_group, o_weight, S: tl.constexpr, SUMMARY: tl.constexpr):
+def _load_token(state, rate, skip, dt, u, p_group, o_weight, N: tl.constexpr, S: tl.constexpr, SUMMARY: tl.constexpr):
     """The same with B and C from memory."""
     B, C = _load_weights(p_group, o_weight, S, SUMMARY)
-    return _token(state, rate, skip, dt, u, B, C, SUMMARY)
+    return _token(state, rate, skip, dt, u, B, C, N, SUMMARY)
 
 
 @triton.jit
@@ -182,10 +182,10 @@ def _walk(
             if ADD:
                 other = tl.load(p_other + o_dense, mask=m_padded, other=0.0)
         tl.debug_barrier()  # otherwise the compiler moves the loads above to where their results are used
-        state, y0 = _token(state, rate, skip, dt0, u0, B, C, SUMMARY)
-        state, y1 = _load_token(state, rate, skip, dt1, u1, p_B + NR, o_weight, S, SUMMARY)
-        state, y2 = _load_token(state, rate, skip, dt2, u2, p_B + 2 * NR, o_weight, S, SUMMARY)
-        state, y3 = _load_token(state, rate, skip, dt3, u3, p_B + 3 * NR, o_weight, S, SUMMARY)
+        state, y0 = _token(state, rate, skip, dt0, u0, B, C, N, SUMMARY)
+        state, y1 = _load_token(state, rate, skip, dt1, u1, p_B + NR, o_weight, N, S, SUMMARY)
+        state, y2 = _load_token(state, rate, skip, dt2, u2, p_B + 2 * NR, o_weight, N, S, SUMMARY)
+        state, y3 = _load_token(state, rate, skip, dt3, u3, p_B + 3 * NR, o_weight, N, S, SUMMARY)
         if SUMMARY:
             steps += (y0 + y1) + (y2 + y3)
         elif GATE:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..selective_scan.triton_tile import detach_layout
-from ..triton_scan import LOG2_E, sigmoid
+from ..triton_scan import LOG2_E, rounded, sigmoid
 
 
 @triton.jit
@@ -139,9 +139,12 @@ def of_lanes(values):
 
 
 @triton.jit
-def in_lanes(tile):
-    """Sum over the states of a lane, (CR, NL, CL)."""
-    return tl.sum(tl.sum(tile, axis=0), axis=0)
+def in_lanes(products, N: tl.constexpr):
+    """Sum of products over the states of a lane, (CR, NL, CL)."""
+    # Rows of an odd number of states are not aligned, so the compiler spreads the NR states over lanes.
+    if N % 2 == 1:
+        products = rounded(products)
+    return tl.sum(tl.sum(products, axis=0), axis=0)
 
 
 @triton.jit
