@@ -15,6 +15,18 @@ def sigmoid(x):
 
 
 @triton.jit
+def rounded(product):
+    """The same product, rounded before it is added to others: for sums over lanes.
+
+    Otherwise the compiler fuses a lane's product with the first addition, while its neighbour's arrives rounded: lanes
+    that hold copies of the sum differ in the last bit, and write that. Here a zero is fused instead. That costs nothing
+    where a lane has one product. Where it adds several of its own first, those are rounded by then, and this would cost
+    an addition each.
+    """
+    return product + 0.0
+
+
+@triton.jit
 def softplus(x, SHORT: tl.constexpr = False):
     """log(1 + exp(x)) as max(x, 0) + log1p(exp(-|x|)).
 

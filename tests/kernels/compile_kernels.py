@@ -5,6 +5,7 @@
 Launches are recorded instead of run, so block sizes, dtypes and warps are the real ones. Prints one line per binary.
 """
 
+import re
 import sys
 from importlib import import_module
 
@@ -153,6 +154,21 @@ def source_of(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource
     return ASTSource(kernel, signature, constants, attributes), options
 
 
+def uneven_sums(ptx: str) -> int:
+    """Additions in which a lane's own product is not rounded, but the one that a butterfly brings to it is.
+
+    Lanes that hold copies of such a sum hold different last bits; see :func:`mmvssm_kernels.triton_scan.rounded`.
+    Counted is what LLVM has fused and what it has left for NVIDIA's assembler to fuse.
+    """
+    moved = dict(re.findall(r"\bmov\.b32\s+(%\w+), (%\w+);", ptx))
+    brought = set(re.findall(r"\bshfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
+    products = set(re.findall(r"\bmul(?:\.ftz)?\.f32\s+(%\w+)", ptx))
+    fused = re.findall(r"\bfma\.rn(?:\.ftz)?\.f32\s+%\w+, \S+, \S+, (%\w+);", ptx)
+    added = re.findall(r"\badd(?:\.ftz)?\.f32\s+%\w+, (%\w+), (%\w+);", ptx)
+    uneven = sum(moved.get(addend, addend) in brought for addend in fused)
+    return uneven + sum(moved.get(b, b) in brought and a in products for pair in added for a, b in (pair, pair[::-1]))
+
+
 def main(target: str, *dtypes: str) -> None:
     backend, architecture = target.split(":")
     number = int(architecture) if architecture.isdigit() else architecture
@@ -165,9 +181,10 @@ def main(target: str, *dtypes: str) -> None:
             if key in seen:
                 continue
             seen.add(key)
-            shared = compile(source, target=gpu, options=options).metadata.shared
+            compiled = compile(source, target=gpu, options=options)
             size = f"N={kwargs.get('N', '-')} warps={options['num_warps']}"
-            print(f"{kernel.__name__} {target} {dtype} {size} shared={shared}")
+            uneven = uneven_sums(compiled.asm.get("ptx", ""))
+            print(f"{kernel.__name__} {target} {dtype} {size} uneven={uneven} shared={compiled.metadata.shared}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_scan import sigmoid
+from ..triton_scan import rounded, sigmoid
 from .triton_launch import Launch, columns_adjacent
 from .triton_states import bidirectional_gla_weight_kernel
 from .triton_tile import (
@@ -115,7 +115,7 @@ def _direction(
 
     # Sums from one end as a sum from the other.
     far_terms = key.to(tl.float32) * (far_dk * key_factor)
-    across += tl.sum(tl.sum(far_terms if REVERSED else terms, axis=1), axis=0)
+    across += tl.sum(tl.sum(rounded(far_terms) if REVERSED else terms, axis=1), axis=0)
     terms -= far_terms
     part = tl.sum(terms, axis=1)
     before = tl.cumsum(part, axis=0) - part

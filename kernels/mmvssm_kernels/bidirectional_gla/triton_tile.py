@@ -14,7 +14,7 @@ and S consecutive tokens: sums over tokens need no other lane then, but for one 
 import triton
 import triton.language as tl
 
-from ..triton_scan import LOG2_E, softplus
+from ..triton_scan import LOG2_E, rounded, softplus
 
 # Stronger decays are zero in float32 anyway.
 STRONGEST: tl.constexpr = tl.constexpr(-160.0)
@@ -212,7 +212,7 @@ def strong_matrix(q, k, gate, T: tl.constexpr, REVERSED: tl.constexpr):
         j = i if REVERSED else T - 1 - i
         decay_sum = lengthen(decay_sum, gate, o_row, j, REVERSED)
         this = o_row == j
-        weights = tl.sum(q * row_of(k, this)[None, :] * tl.exp2(decay_sum), axis=1)
+        weights = tl.sum(rounded(q * row_of(k, this)[None, :] * tl.exp2(decay_sum)), axis=1)
         matrix = tl.where(this[None, :], weights[:, None], matrix)
     return tl.where(not_before(o_row, REVERSED), matrix, 0.0)
 
@@ -236,7 +236,7 @@ def strong_gradients(q, k, scores, gate, T: tl.constexpr, REVERSED: tl.constexpr
         this = o_row == j
         key = row_of(k, this)[None, :]
         decay = tl.exp2(decay_sum)
-        matrix = tl.where(this[None, :], tl.sum(q * key * decay, axis=1)[:, None], matrix)
+        matrix = tl.where(this[None, :], tl.sum(rounded(q * key * decay), axis=1)[:, None], matrix)
         decay *= tl.sum(tl.where(this[None, :], others, 0.0), axis=1)[:, None]
         dq += decay * key
         dk += tl.where(this[:, None], tl.sum(decay * q, axis=0)[None, :], 0.0)

@@ -74,7 +74,7 @@ def _backward(flow, dA, before, state, decay, dt, dt_u, rate, p_w, p_B, o_local,
     through = flow * before
     dA += through * of_lanes(dt)
     of_weights = tl.join(tl.sum(grad * of_lanes(dt_u), axis=2), tl.sum(state * of_lanes(w), axis=2))
-    return flow, dA, of_weights, in_lanes(grad * of_states(B)), in_lanes(through * rate)
+    return flow, dA, of_weights, in_lanes(grad * of_states(B), N), in_lanes(through * rate, N)
 
 
 @triton.jit

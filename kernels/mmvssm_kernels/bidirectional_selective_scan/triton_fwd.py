@@ -25,6 +25,7 @@ from .triton_tile import (
     load_of_channels,
     of_channels,
     of_states,
+    products_in_lanes,
     scan_segment,
     silu,
     state_axes,
@@ -83,7 +84,7 @@ def _of_tokens(tile):
 
 
 @triton.jit
-def _token(state, rate, skip, dt, u, B, C, SUMMARY: tl.constexpr):
+def _token(state, rate, skip, dt, u, B, C, N: tl.constexpr, SUMMARY: tl.constexpr):
     """State behind one token, and its result (CR, CL), or its step size for summaries."""
     dt = dt.to(tl.float32)
     u = u.to(tl.float32)
@@ -94,21 +95,22 @@ def _token(state, rate, skip, dt, u, B, C, SUMMARY: tl.constexpr):
         # With a lane's states on one axis their sum is one chain of multiply-adds. Every lane of a channel adds its
         # share of what goes past the state.
         OWN: tl.constexpr = state.shape[0] * state.shape[1]
-        shares = tl.reshape(state * of_states(C), (OWN, skip.shape[0], skip.shape[1], skip.shape[2]))
+        products = products_in_lanes(state * of_states(C), N)
+        shares = tl.reshape(products, (OWN, skip.shape[0], skip.shape[1], skip.shape[2]))
         return state, tl.sum(tl.sum(shares, axis=0) + skip * u[:, None, :], axis=1)
 
 
 @triton.jit
-def _four_tokens(state, rate, skip, dt, u, B, C, SUMMARY: tl.constexpr):
+def _four_tokens(state, rate, skip, dt, u, B, C, N: tl.constexpr, SUMMARY: tl.constexpr):
     """The same for four tokens."""
     dt0, dt1, dt2, dt3 = _of_tokens(dt)
     u0, u1, u2, u3 = _of_tokens(u)
     B0, B1, B2, B3 = _of_tokens(B)
     C0, C1, C2, C3 = _of_tokens(C)
-    state, y0 = _token(state, rate, skip, dt0, u0, B0, C0, SUMMARY)
-    state, y1 = _token(state, rate, skip, dt1, u1, B1, C1, SUMMARY)
-    state, y2 = _token(state, rate, skip, dt2, u2, B2, C2, SUMMARY)
-    state, y3 = _token(state, rate, skip, dt3, u3, B3, C3, SUMMARY)
+    state, y0 = _token(state, rate, skip, dt0, u0, B0, C0, N, SUMMARY)
+    state, y1 = _token(state, rate, skip, dt1, u1, B1, C1, N, SUMMARY)
+    state, y2 = _token(state, rate, skip, dt2, u2, B2, C2, N, SUMMARY)
+    state, y3 = _token(state, rate, skip, dt3, u3, B3, C3, N, SUMMARY)
     return state, y0, y1, y2, y3
 
 
@@ -203,8 +205,8 @@ def _walk(
             z = tl.load(p_z + o_row[:, None] * stride_z_token + o_channel[None, :], mask=m_tile, other=0.0)
             if ADD:
                 other = tl.load(p_other + o_dense, mask=m_channel[None, :], other=0.0)
-        state, y0, y1, y2, y3 = _four_tokens(state, rate, skip, dt_first, u_first, B_first, C_first, SUMMARY)
-        state, y4, y5, y6, y7 = _four_tokens(state, rate, skip, dt_last, u_last, B_last, C_last, SUMMARY)
+        state, y0, y1, y2, y3 = _four_tokens(state, rate, skip, dt_first, u_first, B_first, C_first, N, SUMMARY)
+        state, y4, y5, y6, y7 = _four_tokens(state, rate, skip, dt_last, u_last, B_last, C_last, N, SUMMARY)
         if SUMMARY:
             steps += ((y0 + y1) + (y2 + y3)) + ((y4 + y5) + (y6 + y7))
         elif GATE:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..selective_scan.triton_tile import detach_layout
-from ..triton_scan import LOG2_E, sigmoid
+from ..triton_scan import LOG2_E, rounded, sigmoid
 
 
 @triton.jit
@@ -139,9 +139,16 @@ def of_lanes(values):
 
 
 @triton.jit
-def in_lanes(tile):
-    """Sum over the states of a lane, (CR, NL, CL)."""
-    return tl.sum(tl.sum(tile, axis=0), axis=0)
+def products_in_lanes(products, N: tl.constexpr):
+    """Products that are summed over the states of a lane."""
+    # Rows of an odd number of states are not aligned, so the compiler spreads the NR states over lanes.
+    return rounded(products) if N % 2 == 1 else products
+
+
+@triton.jit
+def in_lanes(products, N: tl.constexpr):
+    """Sum of products over the states of a lane, (CR, NL, CL)."""
+    return tl.sum(tl.sum(products_in_lanes(products, N), axis=0), axis=0)
 
 
 @triton.jit

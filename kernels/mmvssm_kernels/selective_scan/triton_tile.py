@@ -13,7 +13,7 @@ decay is ``exp2(dt rate)``; everything is float32.
 import triton
 import triton.language as tl
 
-from ..triton_scan import LOG2_E, softplus
+from ..triton_scan import LOG2_E, rounded, softplus
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def sum_over_channels(tile, MATRIX_UNIT: tl.constexpr, PRECISION: tl.constexpr):
         sums = tl.dot(tl.reshape(detach_layout(tile), (T * N, C)), ones, input_precision=PRECISION)
         return tl.reshape(tl.max(sums, 1), (T, N))  # all columns are the same
     else:
-        return tl.sum(tile, 2)
+        return tl.sum(rounded(tile), 2)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..grids import cdiv
+from ..triton_scan import rounded
 from .triton_chains import (
     as_chains,
     end_flow,
@@ -194,7 +195,7 @@ def selective_scan_2d_bwd_kernel(
                 else:
                     tl.store(p_flow_now + n * D, flow, mask=m_half)
                     p_drate = p_parameter + (R + 2 + n) * D
-                    sums = tl.sum(drate_now * rate, axis=0) * -LN_2
+                    sums = tl.sum(rounded(drate_now * rate), axis=0) * -LN_2
                     sums += tl.load(p_drate, mask=m_channel & (i > 0), other=0.0)
                     tl.store(p_drate, sums, mask=m_channel)
                 if not IN_ROWS:
@@ -228,7 +229,7 @@ def selective_scan_2d_bwd_kernel(
         tl.store(p_parameter[None, :] + o_rank[:, None] * D, dweight, mask=m_rank)
         tl.store(p_parameter + R * D, tl.sum(dbias, axis=0), mask=m_channel)
         if N == 1:
-            tl.store(p_parameter + (R + 2) * D, tl.sum(drate * rate, axis=0) * -LN_2, mask=m_channel)
+            tl.store(p_parameter + (R + 2) * D, tl.sum(rounded(drate * rate), axis=0) * -LN_2, mask=m_channel)
         if i_slot == 0:
             tl.store(p_parameter + (R + 1) * D, tl.sum(dskip, axis=0), mask=m_channel)
 
