@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..grids import cdiv
 from ..triton_scan import softplus
-from .triton_tile import load_vector, silu
+from .triton_tile import load_vector, silu, split_dot
 
 # Tokens of a lane; half as many where there are more projections than this.
 _OWN_TOKENS = 4
@@ -294,8 +294,8 @@ def bidirectional_selective_scan_fwd_kernel_project(
         to_weights = _load_operand(p_operands + (i * (BLOCK_R + BLOCK_P) + BLOCK_R) * 32, BLOCK_P)
         tiles = _convolve(x, p_taps, o_channel, channels, R, W, narrow)
         u = _columns_of_lanes(tiles, R)
-        low_rank = tl.dot(to_rank, u, low_rank, input_precision=PRECISION)
-        weights = tl.dot(to_weights, u, weights, input_precision=PRECISION)
+        low_rank = split_dot(to_rank, u, low_rank, PRECISION)
+        weights = split_dot(to_weights, u, weights, PRECISION)
         for r in tl.static_range(R):
             _store_of_lanes(p_u + (o_tile + step * (r * channels)), tiles[r], m_group, o_channel, channels)
     # Columns of the products are ordered (token of a lane, group of lanes).
@@ -314,9 +314,9 @@ def bidirectional_selective_scan_fwd_kernel_project(
     to_step, bias = _load_step_operands(p_steps, p_dt_bias, 0, o_lane, channels, BLOCK_R)
     for i in tl.range(n_steps, loop_unroll_factor=2):
         o_channel = i * 32 + o_lane
-        raw = tl.dot(head, to_step, _bias_rows(bias, R), input_precision=PRECISION)
+        raw = split_dot(head, to_step, _bias_rows(bias, R), PRECISION)
         if narrow != tl.float32:
-            raw = tl.dot(tail, to_step, raw)
+            raw = split_dot(tail, to_step, raw, PRECISION)
         i_next = tl.minimum(i + 1, n_steps - 1) * 32
         to_step, bias = _load_step_operands(p_steps, p_dt_bias, i_next, o_lane, channels, BLOCK_R)
         tl.debug_barrier()  # as above
