@@ -10,7 +10,7 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 @triton.jit
 def sigmoid(x):
     """Logistic function; a squared reciprocal root costs fewer instructions than a division."""
-    root = tl.rsqrt(1.0 + tl.exp2(-x * LOG2_E))
+    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2_E))
     return root * root
 
 
@@ -33,7 +33,7 @@ def softplus(x, SHORT: tl.constexpr = False):
     log1p(e) / e on [0, 1] is a polynomial fit of degree 7 (relative error 3e-7) or, if ``SHORT``, for results of 16
     bits, 4 (6e-5). It keeps small step sizes accurate and needs no logarithm from the special-function unit.
     """
-    e = tl.exp2(-tl.abs(x) * LOG2_E)
+    e = tl.exp2(tl.abs(x) * -LOG2_E)
     if SHORT:
         series = -0.15742724 + e * 0.041347307
         series = 0.306300971 + e * series

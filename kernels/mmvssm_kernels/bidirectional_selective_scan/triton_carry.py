@@ -8,8 +8,22 @@ from ..grids import cdiv
 from ..selective_scan.triton_tile import last_row, scan_rows
 from ..triton_scan import LOG2_E
 
-# Segments that are loaded together.
+# Segments that are loaded together, and how many such tiles ahead.
 _SEGMENTS = 16
+_AHEAD = 3
+
+
+@triton.jit
+def _load_tile(p_values, p_steps, n_left, m_value, STEP: tl.constexpr, N: tl.constexpr, T: tl.constexpr):
+    """Values and step sizes (T, BLOCK) of the next segments, of which ``n_left`` are there.
+
+    The hints put lanes along states in either tile.
+    """
+    # Rows of a tile are constants apart, which cost no instructions.
+    o_row = tl.arange(0, T)[:, None]
+    mask = (o_row < n_left) & m_value
+    steps = tl.load(tl.max_contiguous(p_steps + o_row * STEP, [1, 16]), mask=mask, other=0.0)
+    return tl.load(tl.max_contiguous(p_values + o_row * (STEP * N), [1, 32]), mask=mask, other=0.0), steps
 
 
 @triton.jit(do_not_specialize=["n_batch", "n_segments", "zero"])
@@ -25,6 +39,7 @@ def bidirectional_selective_scan_kernel_carry(
     N: tl.constexpr,
     T: tl.constexpr,
     BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Of what each segment reaches from zero (K, B, S, E, N) makes, in place, what it hands on to the next one.
 
@@ -43,27 +58,31 @@ def bidirectional_selective_scan_kernel_carry(
         A_log = tl.load(p_A_log_b + o_value, mask=m_value, other=0.0).to(tl.float32)
     rate = (-tl.exp2(A_log * LOG2_E) * LOG2_E)[None, :]
     state = tl.zeros((1, BLOCK), tl.float32)
-    # Rows of a tile are constants apart, which cost no instructions.
-    o_row = tl.arange(0, T)[:, None]
     m_value = (channels * N % BLOCK == 0) | m_value[None, :]
     p_value = p_summary + o_value[None, :]
     p_steps = p_step + (o_value // N)[None, :]
-    m_first = (o_row < n_segments) & m_value
-    steps = tl.load(p_steps + o_row * channels, mask=m_first, other=0.0)
-    value = tl.load(p_value + o_row * (channels * N), mask=m_first, other=0.0)
-    for i in range(0, n_segments, T):
-        # The next tile is loaded ahead; loads do not move across stores.
+    n_givers = n_segments - 1  # there is none behind the last one
+    ahead = ()
+    for j in tl.static_range(AHEAD):
+        o_values = j * T * channels * N
+        o_steps = j * T * channels
+        ahead += (_load_tile(p_value + o_values, p_steps + o_steps, n_givers - j * T, m_value, channels, N, T),)
+    for i in range(0, n_givers, T):
+        # Loads do not move across stores.
+        p_next = p_value + AHEAD * T * channels * N
         p_steps += T * channels
-        m_next = (o_row < n_segments - i - T) & m_value
-        next_steps = tl.load(p_steps + o_row * channels, mask=m_next, other=0.0)
-        next_value = tl.load(p_value + (o_row + T) * (channels * N), mask=m_next, other=0.0)
+        o_steps = (AHEAD - 1) * T * channels
+        last = _load_tile(p_next, p_steps + o_steps, n_givers - i - AHEAD * T, m_value, channels, N, T)
+        value, steps = ahead[0]
         states = scan_rows(tl.exp2(steps * rate)[:, None, :], value[:, None, :], state)
         state = last_row(states)
+        o_row = tl.arange(0, T)[:, None]
         tl.store(
-            p_value + o_row * (channels * N), tl.reshape(states, (T, BLOCK)), mask=(o_row < n_segments - i) & m_value
+            p_value + o_row * (channels * N), tl.reshape(states, (T, BLOCK)), mask=(o_row < n_givers - i) & m_value
         )
         p_value += T * channels * N
-        steps, value = next_steps, next_value
+        ahead = ahead[1:]
+        ahead += (last,)
 
 
 def carry(launch, summary: Tensor, steps: Tensor) -> None:
@@ -74,5 +93,5 @@ def carry(launch, summary: Tensor, steps: Tensor) -> None:
     segments = summary.shape[2]
     bidirectional_selective_scan_kernel_carry[grid](
         summary, steps, rates[0], rates[-1], launch.batch, segments, 0, launch.channels, launch.state, _SEGMENTS, block,
-        num_warps=1,
+        _AHEAD, num_warps=1,
     )  # fmt: skip
