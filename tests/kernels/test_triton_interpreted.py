@@ -38,12 +38,22 @@ IN_16_BITS = [
 ]
 
 
-def multiply_bfloat16(monkeypatch) -> None:
-    """Products of bfloat16 operands, whose bits Triton's interpreter (3.7) multiplies as if they were integers."""
+def correct_bfloat16(monkeypatch) -> None:
+    """What Triton's interpreter (3.7) does with bfloat16, as GPUs do it.
+
+    It multiplies the bits of operands of products as if they were integers, and cuts off float32 instead of rounding.
+    """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     create_dot = InterpreterBuilder.create_dot
+    create_fp_trunc = InterpreterBuilder.create_fp_trunc
+
+    def create_rounding_trunc(self, src, dst_type):
+        if dst_type.scalar != tl.bfloat16:
+            return create_fp_trunc(self, src, dst_type)
+        rounded = torch.from_numpy(src.data.astype("float32")).bfloat16()
+        return TensorHandle(rounded.view(torch.int16).numpy().view("uint16"), tl.bfloat16)
 
     def widened(operand):
         if operand.dtype.scalar != tl.bfloat16:
@@ -54,6 +64,7 @@ def multiply_bfloat16(monkeypatch) -> None:
         return create_dot(self, widened(a), widened(b), *options)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_wide_dot)
+    monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", create_rounding_trunc)
 
 
 if interpreting():
@@ -95,7 +106,7 @@ if interpreting():
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("case", IN_16_BITS, ids=case_id)
     def test_half_precision_inputs(case, dtype, monkeypatch):
-        multiply_bfloat16(monkeypatch)
+        correct_bfloat16(monkeypatch)
         check_operator(OPERATORS[type(case)], case, dtype, "cpu", "triton")
 
     def test_scan_of_inputs_laid_out_as_in_models():

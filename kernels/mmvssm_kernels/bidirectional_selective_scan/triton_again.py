@@ -13,13 +13,12 @@ from ..grids import cdiv
 from ..selective_scan.triton_tile import detach_layout
 from ..triton_scan import sigmoid, softplus
 from .op import TILE
+from .triton_launch import NARROW_CHANNELS
 from .triton_tile import block_channels, convolve, load_rows, load_step_weight, load_vector, of_blocks, split_dot
 
 # Channels and warps of a program, which owns a tile of tokens.
 _CHANNELS = 64
 _WARPS = 4
-# With fewer channels, inputs, step sizes and their gradients are float32: sums are too short for roundings to cancel.
-_NARROW_CHANNELS = 64
 
 
 @triton.jit
@@ -182,7 +181,7 @@ def scan_inputs(
     directions (B, channel blocks, padded L, block) in the order of tokens. Fills the gate's half of ``dxz``.
     """
     sizes = (launch.batch, cdiv(launch.channels, block), launch.padded, block)
-    dtype = launch.xz.dtype if launch.channels >= _NARROW_CHANNELS else projected.dtype
+    dtype = launch.xz.dtype if launch.channels >= NARROW_CHANNELS else projected.dtype
     inputs = launch.empty(launch.directions, *sizes[:3], 2, block, dtype=dtype)
     slope = launch.empty(launch.directions, *sizes, dtype=dtype)
     w = launch.empty(*sizes)

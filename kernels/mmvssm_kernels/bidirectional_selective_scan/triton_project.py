@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..grids import cdiv
 from ..triton_scan import softplus
+from .triton_launch import NARROW_CHANNELS
 from .triton_tile import load_vector, silu, split_dot
 
 # Tokens of a lane; half as many where there are more projections than this.
@@ -252,11 +253,13 @@ def bidirectional_selective_scan_fwd_kernel_project(
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Inputs (B, padded L, E) and step sizes (K, B, padded L, E) of the scans, and projections in scan order.
 
-    A program owns 8 R of all rows of all sequences, for one direction.
+    A program owns 8 R of all rows of all sequences, for one direction. Projections are those of the inputs before they
+    are rounded if ``EXACT``.
     """
     # Groups of lanes, neighbours in scan order, and their first tokens.
     i_row = (tl.program_id(0) * 8 + tl.arange(0, 8)[:, None, None]) * R
@@ -292,8 +295,12 @@ def bidirectional_selective_scan_fwd_kernel_project(
         tl.debug_barrier()  # otherwise the compiler moves these loads to where their results are used
         to_rank = _load_operand(p_operands + i * (BLOCK_R + BLOCK_P) * 32, BLOCK_R)
         to_weights = _load_operand(p_operands + (i * (BLOCK_R + BLOCK_P) + BLOCK_R) * 32, BLOCK_P)
-        tiles = _convolve(x, p_taps, o_channel, channels, R, W, narrow)
+        tiles = _convolve(x, p_taps, o_channel, channels, R, W, tl.float32 if EXACT else narrow)
         u = _columns_of_lanes(tiles, R)
+        if EXACT and narrow != tl.float32:
+            u, rest = _halves(u, narrow)
+            low_rank = split_dot(to_rank, rest, low_rank, PRECISION)
+            weights = split_dot(to_weights, rest, weights, PRECISION)
         low_rank = split_dot(to_rank, u, low_rank, PRECISION)
         weights = split_dot(to_weights, u, weights, PRECISION)
         for r in tl.static_range(R):
@@ -372,6 +379,7 @@ def project(launch, projected: Tensor | None, taps: Tensor, neighbours: int) -> 
         RANK=launch.row - 2 * launch.state,
         NR=neighbours,
         R=own,
+        EXACT=launch.channels < NARROW_CHANNELS,
         PRECISION=launch.precision,
         num_warps=1,
         num_stages=1,
