@@ -10,8 +10,8 @@ from .parameters import split_parameters
 
 # Not specialised, so that one kernel serves all lengths.
 RUN_TIME_SIZES = ["scale", "length", "n_all", "n_tiles", "n_segments"]
-# With fewer channels some things are not rounded, because sums are too short for roundings to cancel: inputs before they
-# are projected, and in the backward pass inputs, step sizes and their gradients.
+# With fewer channels some things are not rounded, because sums are too short for roundings to cancel: inputs before
+# they are projected, and in the backward pass inputs, step sizes and their gradients.
 NARROW_CHANNELS = 64
 _MAX_SEGMENTS = 512
 # A segment shorter than this costs more in summaries than it gains.

@@ -36,8 +36,8 @@ def cast_together(tensors: Sequence[Tensor], dtype: torch.dtype, backend: str = 
         raise ValueError("tensors must hold at least one tensor, but it is empty")
     first = tensors[0]
     for i, tensor in enumerate(tensors):
-        axes = ["D"] * tensor.dim() if isinstance(tensor, torch.Tensor) else ["..."]
-        check_tensor(f"tensors[{i}]", tensor, axes, getattr(first, "device", None))
+        axes = "D" * tensor.dim() if isinstance(tensor, torch.Tensor) else "?"
+        check_tensor(f"tensors[{i}]", tensor, tuple(axes), getattr(first, "device", None))
         if tensor.dtype != first.dtype:
             raise ValueError(f"tensors[{i}] must have the dtype {first.dtype} of tensors[0], but it has {tensor.dtype}")
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
