@@ -169,6 +169,16 @@ def test_weights_are_converted_together():
         assert dtypes() == {torch.float32}
 
 
+def test_which_weights_are_not_converted():
+    conv = Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    linear = Linear(4, 4, bias=False)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), weights_converted(nn.ModuleList([conv, linear])):
+        assert converted._converted(conv.weight) is conv.weight  # its layout would be lost
+        assert converted._converted(linear.weight).dtype == torch.bfloat16
+        linear.weight.data = torch.ones(5, 4)  # as when shards are put together
+        assert linear(torch.ones(1, 4)).tolist() == [[4.0] * 5]
+
+
 def test_swiglu():
     mlp, x = SwiGLU(6, 8), torch.randn(2, 5, 7, 6)
     a, b = mlp.fc1(x)[..., :8], mlp.fc1(x)[..., 8:]

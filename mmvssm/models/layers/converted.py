@@ -21,7 +21,9 @@ _local = threading.local()
 
 def _converted(parameter: nn.Parameter | None) -> torch.Tensor | None:
     """The copy of a parameter that :func:`weights_converted` has made in this thread, or the parameter itself."""
-    return getattr(_local, "copies", {}).get(parameter, parameter)
+    copy = getattr(_local, "copies", {}).get(parameter)
+    # A sharded parameter is only put together when its block is called, after the copies were made.
+    return parameter if copy is None or copy.shape != parameter.shape else copy
 
 
 class Linear(nn.Linear):
@@ -44,12 +46,14 @@ def weights_converted(block: nn.Module) -> AbstractContextManager[None]:
     """Context in which the :class:`Linear` and :class:`Conv2d` layers of a block use copies in autocast's dtype.
 
     The copies are made by one launch and freed at the end. Nothing happens where autocast is off, and where gradients
-    are on: then autocast keeps its own copies for the backward pass.
+    are on: then autocast keeps its own copies for the backward pass. Weights in channels_last memory are left to
+    autocast, which keeps their layout.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return nullcontext()
     layers = [m for m in block.modules() if isinstance(m, Linear | Conv2d)]
-    parameters = [p for m in layers for p in (m.weight, m.bias) if p is not None and p.dtype == torch.float32]
+    parameters = [p for m in layers for p in (m.weight, m.bias) if p is not None]
+    parameters = [p for p in parameters if p.dtype == torch.float32 and p.is_contiguous()]
     if not parameters or not autocast_enabled(parameters[0].device):
         return nullcontext()
     return _copies_of(parameters)
