@@ -11,6 +11,7 @@ from mmvssm_kernels.add_norm.op import is_norm_alone
 from mmvssm_kernels.add_norm.reference import add_norm_reference
 from mmvssm_kernels.bias_activation.reference import bias_activation_reference
 from mmvssm_kernels.bidirectional_selective_scan import ScanParameters
+from mmvssm_kernels.cast_together.op import padded
 from mmvssm_kernels.causal_conv1d.reference import causal_conv1d_reference
 from mmvssm_kernels.checks import computing_dtype
 from mmvssm_kernels.locality_gate.reference import locality_gate_reference
@@ -123,6 +124,10 @@ def bias_activation(x, bias, activation, residual, backend):
     return bias_activation_reference(x, bias, activation, residual).to(x.dtype)
 
 
+def cast_together(tensors, dtype, backend):
+    return torch.cat([F.pad(t.flatten().to(dtype), (0, padded(t.numel()) - t.numel())) for t in tensors])
+
+
 _FUNCTIONS = (
     selective_scan,
     selective_scan_2d,
@@ -133,6 +138,7 @@ _FUNCTIONS = (
     swiglu,
     locality_gate,
     bias_activation,
+    cast_together,
 )
 
 

@@ -267,6 +267,7 @@ def operator_calls():
         "swiglu": [_random(2, 7, 6)],
         "locality_gate": [*(_random(2, 7, 3, 4) for _ in range(3)), _random(4), _random(12), 1e-6, True],
         "bias_activation": [_random(2, 7, 6), _random(6), "gelu_tanh", _random(2, 7, 6)],
+        "cast_together": [[_random(3, 5), _random(2048), _random(7)], torch.float16],
     }
 
 

@@ -23,7 +23,7 @@ def _flat_empty(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 @custom_op("cast_together")
 def cast_together_op(tensors: list[Tensor], dtype: torch.dtype, backend: str) -> Tensor:
-    """Elements of all tensors in ``dtype``, each followed by padding to whole blocks."""
+    """Elements of all tensors in ``dtype``, each followed by zeros up to whole blocks."""
     flat = _flat_empty(tensors, dtype)
 
     def triton_call():
@@ -34,8 +34,10 @@ def cast_together_op(tensors: list[Tensor], dtype: torch.dtype, backend: str) ->
     def torch_call():
         start = 0
         for tensor in tensors:
+            end = start + padded(tensor.numel())
             flat[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
-            start += padded(tensor.numel())
+            flat[start + tensor.numel() : end].zero_()
+            start = end
 
     dispatch.run("cast_together", backend, tensors[0], triton_call, torch_call, _obstacle(tensors, dtype), None)
     return flat
