@@ -1,5 +1,7 @@
 """Inputs and checks that the tests of all backbones share."""
 
+import copy
+
 import torch
 
 STOCK_INIT = [
@@ -63,3 +65,32 @@ def check_state_dict_round_trip(net, other, folder):
     x = image(1, 3, 32, 48)
     for a, b in zip(net(x), other(x), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def check_no_gradients_behind(net, later):
+    """Parts named ``later``, behind the last output, are kept but ask for no gradients; the others get theirs."""
+    total(net(image(2, 3, 32, 48))).backward()
+    asking = {k: p for k, p in net.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in asking.values())
+    assert not any(k.startswith(later) for k in asking)
+    assert all(any(k.startswith(part) for k in net.state_dict()) for part in later)
+
+
+def check_gradients_of_unfrozen(net, side=32):
+    """Just what is not frozen gets a gradient."""
+    total(net(image(1, 3, side, side))).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in net.parameters())
+
+
+def check_second_initialisation(model):
+    """``init_weights`` of an initialised model changes nothing."""
+    before = copy.deepcopy(model.state_dict())
+    model.init_weights()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def check_layer_depth(net, parameter, depths):
+    """Depth and number of depths of a detector's parameter, and of the same one of the backbone alone."""
+    assert net.get_layer_depth(parameter, "backbone.") == depths
+    if parameter.startswith("backbone."):
+        assert net.get_layer_depth(parameter.removeprefix("backbone.")) == depths

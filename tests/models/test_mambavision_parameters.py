@@ -10,7 +10,11 @@ from torch import nn
 from mmvssm.models import MambaVision
 from mmvssm.models.mixers import MambaVisionMixer
 
-from .common import STOCK_INIT
+from .common import (
+    STOCK_INIT,
+    check_layer_depth,
+    check_second_initialisation,
+)
 from .small_mambavision import SMALL, make
 
 
@@ -92,9 +96,7 @@ def test_initialisation_is_deterministic():
 
 def test_second_initialisation_changes_nothing():
     model, _ = initialised()
-    before = copy.deepcopy(model.state_dict())
-    model.init_weights()
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    check_second_initialisation(model)
 
 
 def test_pretrained_file(tmp_path, name):
@@ -147,7 +149,7 @@ def test_no_weight_decay():
 def test_layer_depth(parameter, depth):
     with torch.device("meta"):
         net = MambaVision("t")
-    assert net.get_layer_depth(parameter, "backbone.") == (depth, 18)
+    check_layer_depth(net, parameter, (depth, 18))
 
 
 # ---------------------------------------------------------------------- bad input

@@ -10,7 +10,11 @@ from torch import nn
 from mmvssm.models import ViG, ViGH
 from mmvssm.models.mixers import BidirectionalGLA
 
-from .common import STOCK_INIT
+from .common import (
+    STOCK_INIT,
+    check_layer_depth,
+    check_second_initialisation,
+)
 from .small_vig import SMALL, make
 
 
@@ -103,9 +107,7 @@ def test_default_initialisation_of_the_plain_family_is_not_truncated():
 
 def test_second_initialisation_changes_nothing(name):
     model, _ = initialised(name)
-    before = copy.deepcopy(model.state_dict())
-    model.init_weights()
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    check_second_initialisation(model)
 
 
 def test_pretrained_file(tmp_path, name):
@@ -147,9 +149,7 @@ def test_layer_depth(family, parameter, depth):
     with torch.device("meta"):
         net = family("tiny")
     depths = 14 if family is ViG else 13
-    assert net.get_layer_depth(parameter, "backbone.") == (depth, depths)
-    if parameter.startswith("backbone."):
-        assert net.get_layer_depth(parameter.removeprefix("backbone.")) == (depth, depths)
+    check_layer_depth(net, parameter, (depth, depths))
 
 
 # ---------------------------------------------------------------------- bad input

@@ -11,7 +11,11 @@ from torch import nn
 from mmvssm.models import Vim
 from mmvssm.models.mixers import BidirectionalMamba
 
-from .common import STOCK_INIT
+from .common import (
+    STOCK_INIT,
+    check_layer_depth,
+    check_second_initialisation,
+)
 from .small_vim import SMALL, VARIANTS, make
 
 
@@ -93,9 +97,7 @@ def test_initialisation_is_deterministic():
 
 def test_second_initialisation_changes_nothing():
     model, _ = initialised()
-    before = copy.deepcopy(model.state_dict())
-    model.init_weights()
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    check_second_initialisation(model)
 
 
 def test_pretrained_file(tmp_path, name):
@@ -143,9 +145,7 @@ def test_no_weight_decay():
 def test_layer_depth(parameter, depth):
     with torch.device("meta"):
         net = Vim("tiny")
-    assert net.get_layer_depth(parameter, "backbone.") == (depth, 26)
-    if parameter.startswith("backbone."):
-        assert net.get_layer_depth(parameter.removeprefix("backbone.")) == (depth, 26)
+    check_layer_depth(net, parameter, (depth, 26))
 
 
 def test_groups_of_the_optimiser():

@@ -16,6 +16,10 @@ from .common import (
     check_batch_independence,
     check_checkpointing,
     check_checkpointing_stores_less,
+    check_gradients_of_unfrozen,
+    check_layer_depth,
+    check_no_gradients_behind,
+    check_second_initialisation,
     check_state_dict_round_trip,
     enlarge,
     image,
@@ -170,12 +174,7 @@ def test_every_parameter_gets_a_gradient(name):
 
 
 def test_stages_after_the_last_output_hold_no_gradients():
-    net = make(out_indices=(0, 1)).train()
-    total(net(image(2, 3, 32, 48))).backward()
-    asking = {k: p for k, p in net.named_parameters() if p.requires_grad}
-    assert all(p.grad is not None for p in asking.values())
-    assert not any(k.startswith(("stages.2", "stages.3")) for k in asking)
-    assert any(k.startswith("stages.3") for k in net.state_dict())
+    check_no_gradients_behind(make(out_indices=(0, 1)).train(), ("stages.2", "stages.3"))
 
 
 def test_checkpointing_gives_the_same_values_and_gradients(name):
@@ -183,9 +182,7 @@ def test_checkpointing_gives_the_same_values_and_gradients(name):
 
 
 def test_checkpointing_behind_a_frozen_stem():
-    net = make(with_cp=True, frozen_stages=1).train()
-    total(net(image(1, 3, 32, 32))).backward()
-    assert all((p.grad is not None) == p.requires_grad for p in net.parameters())
+    check_gradients_of_unfrozen(make(with_cp=True, frozen_stages=1).train())
 
 
 def test_checkpointing_stores_less():
@@ -365,9 +362,7 @@ def test_default_initialisation_is_the_published_one():
 
 def test_second_initialisation_changes_nothing():
     model, _ = initialised()
-    before = copy.deepcopy(model.state_dict())
-    model.init_weights()
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    check_second_initialisation(model)
 
 
 def test_pretrained_file(tmp_path, name):
@@ -428,9 +423,7 @@ def test_no_weight_decay():
 def test_layer_depth(parameter, depth):
     with torch.device("meta"):
         net = VMamba("tiny-s1l8")
-    assert net.get_layer_depth(parameter, "backbone.") == (depth, 16)
-    if parameter.startswith("backbone."):
-        assert net.get_layer_depth(parameter.removeprefix("backbone.")) == (depth, 16)
+    check_layer_depth(net, parameter, (depth, 16))
 
 
 # ---------------------------------------------------------------------- bad input
