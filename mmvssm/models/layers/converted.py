@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from mmvssm_kernels import cast_together
 
-from .precision import autocast_enabled
+from .precision import autocast_inference
 
 _local = threading.local()
 
@@ -49,14 +49,13 @@ def weights_converted(block: nn.Module) -> AbstractContextManager[None]:
     are on: then autocast keeps its own copies for the backward pass. Weights in channels_last memory are left to
     autocast, which keeps their layout.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    first = next(block.parameters(), None)
+    if first is None or not autocast_inference(first.device):
         return nullcontext()
     layers = [m for m in block.modules() if isinstance(m, Linear | Conv2d)]
     parameters = [p for m in layers for p in (m.weight, m.bias) if p is not None]
     parameters = [p for p in parameters if p.dtype == torch.float32 and p.is_contiguous()]
-    if not parameters or not autocast_enabled(parameters[0].device):
-        return nullcontext()
-    return _copies_of(parameters)
+    return _copies_of(parameters) if parameters else nullcontext()
 
 
 @contextmanager

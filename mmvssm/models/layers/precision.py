@@ -12,6 +12,11 @@ def autocast_enabled(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
+def autocast_inference(device: torch.device) -> bool:
+    """Whether a network runs eagerly under autocast on ``device``, and nobody wants gradients."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and autocast_enabled(device)
+
+
 def drop_casts(forward: Callable) -> Callable:
     """Decorator for ``forward(self, x)`` of a network that uses each weight once.
 
@@ -22,7 +27,7 @@ def drop_casts(forward: Callable) -> Callable:
     @functools.wraps(forward)
     def wrapped(self, x: torch.Tensor) -> Any:
         device = x.device
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not autocast_enabled(device):
+        if not autocast_inference(device):
             return forward(self, x)
         with torch.autocast(device.type, torch.get_autocast_dtype(device.type), cache_enabled=False):
             return forward(self, x)
